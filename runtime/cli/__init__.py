@@ -1,0 +1,1 @@
+"""furiosa_llm.cli: the furiosa-serve command."""

@@ -1,0 +1,1 @@
+"""furiosa_llm.engine: the front-end: routing, supervision, and the public engine classes."""

@@ -1,0 +1,1 @@
+"""furiosa_llm.scheduler: pure decisions. No sockets, clocks, threads or arrays; imports nothing of ours."""
