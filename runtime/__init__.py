@@ -22,7 +22,19 @@ _HOME_OF = {
     "RequestOutput": "furiosa_llm.outputs",
 }
 
-__all__ = ["__version__", *_HOME_OF]  # noqa: PLE0604 - the table is the list
+__all__ = [
+    "LLM",
+    "AsyncEngineArgs",
+    "AsyncLLMEngine",
+    "CompletionOutput",
+    "EngineArgs",
+    "LLMEngine",
+    "Logprob",
+    "RequestOutput",
+    "RequestOutputKind",
+    "SamplingParams",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -39,7 +39,9 @@ class ContextLengthError(InvalidRequestError):
         super().__init__(message, param=param)
 
     @classmethod
-    def of(cls, *, num_prompt_tokens: int, max_tokens: int, max_model_len: int) -> ContextLengthError:
+    def of(
+        cls, *, num_prompt_tokens: int, max_tokens: int, max_model_len: int
+    ) -> ContextLengthError:
         """The error for a request of these lengths, both counts spelled out."""
         if num_prompt_tokens >= max_model_len:
             return cls(

@@ -1,1 +1,4 @@
-"""furiosa_llm.scheduler: pure decisions. No sockets, clocks, threads or arrays; imports nothing of ours."""
+"""furiosa_llm.scheduler: pure decisions. No sockets, clocks, threads or arrays.
+
+Imports nothing of ours.
+"""

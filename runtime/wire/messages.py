@@ -29,7 +29,7 @@ class Configure:
     endpoint: str  # the front-end's ROUTER; the worker connects a DEALER to it
     artifact_path: str  # ignored by the mock backend
     backend: str  # "native" | "numpy" | "mock"
-    cpus: tuple[tuple[int, ...], ...]  # per PE: the CPU ids its thread may use; () leaves it unbound
+    cpus: tuple[tuple[int, ...], ...]  # per PE: CPU ids its thread may use; () leaves it unbound
     kv_cache_dtype: str  # "fp32" | "bf16"
     num_blocks: int
     block_size: int
@@ -41,7 +41,7 @@ class Configure:
     spare_blocks_ratio: float
     is_offline: bool
     packing_type: str  # "IDENTITY" | "GREEDY"
-    vocab_size: int  # bounds the mock backend's tokens; the others know their artifact's
+    vocab_size: int  # of the model; an `Add` with a token outside it is refused
     mock_tokens_per_s: float  # mock backend: steps are paced to this; 0 is as fast as possible
 
 

@@ -1,0 +1,159 @@
+"""The two ends of the wire on one machine: a ROUTER at the front-end, a DEALER in each worker.
+
+Sockets are files in a directory that only this user can enter, so there is no port to collide and
+nothing for another user to connect to. Every queue is bounded; a peer that does not read makes its
+sender wait, it does not grow the sender.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import socket
+import stat
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import zmq
+
+from furiosa_llm.errors import FuriosaLLMError
+from furiosa_llm.wire.codec import MAX_MESSAGE_BYTES
+
+MAX_QUEUED_MESSAGES = 8192
+"""Per peer and direction. A step is one message, so this is minutes of a reader that stalls."""
+
+_MAX_PATH_BYTES = 107  # sun_path holds 108 with its terminating zero (unix(7))
+_NAME_BYTES = len("/0123456789abcdef.sock")
+_STALE_AFTER_S = 60.0
+
+S = TypeVar("S", bound="zmq.Socket[Any]")
+
+
+# --- where sockets live ---------------------------------------------------------------------------
+
+
+def runtime_directory() -> Path:
+    """This user's own directory for sockets, mode 0700; made if it is not there.
+
+    `$XDG_RUNTIME_DIR/furiosa-serve`, else one under the temporary directory, else under /tmp: the
+    first whose path leaves room for a socket's name and that is, or can be made, this user's alone.
+
+    Raises: FuriosaLLMError saying what is wrong with each of them.
+    """
+    private_name = f"furiosa-serve-{os.getuid()}"
+    candidates = [Path(tempfile.gettempdir()) / private_name, Path("/tmp") / private_name]
+    if xdg := os.environ.get("XDG_RUNTIME_DIR"):
+        candidates.insert(0, Path(xdg) / "furiosa-serve")
+    problems = []
+    for path in candidates:
+        problem = _claim(path)
+        if not problem:
+            return path
+        problems.append(f"{path}: {problem}")
+    raise FuriosaLLMError(
+        "no directory for sockets: " + "; ".join(problems) + ": set XDG_RUNTIME_DIR to a short "
+        "path of a directory that only you can enter"
+    )
+
+
+def _claim(path: Path) -> str:
+    """Make `path` a private directory; "" or why it is none."""
+    if not path.is_absolute():
+        return "it is not an absolute path"
+    if len(os.fsencode(path)) + _NAME_BYTES > _MAX_PATH_BYTES:
+        return f"a socket's path in it would be over {_MAX_PATH_BYTES} bytes"
+    try:
+        with suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+        status = path.lstat()  # of the link itself: following another user's would be a trap
+    except OSError as error:
+        return error.strerror or str(error)
+    if not stat.S_ISDIR(status.st_mode):
+        return "it is not a directory"
+    if status.st_uid != os.getuid():
+        return f"it belongs to user {status.st_uid}"
+    if stat.S_IMODE(status.st_mode) != 0o700:
+        path.chmod(0o700)
+    return ""
+
+
+def new_endpoint() -> str:
+    """An `ipc://` endpoint that nobody uses yet. Leftovers of killed front-ends are removed."""
+    directory = runtime_directory()
+    _remove_stale_sockets(directory)
+    return f"ipc://{directory}/{secrets.token_hex(8)}.sock"
+
+
+def remove_endpoint(endpoint: str) -> None:
+    """Delete the socket file of an `ipc://` endpoint that is no longer bound; idempotent."""
+    if endpoint.startswith("ipc://"):
+        with suppress(OSError):
+            os.unlink(endpoint.removeprefix("ipc://"))
+
+
+def _remove_stale_sockets(directory: Path) -> None:
+    """Delete sockets that nobody listens on. A young one may only be about to be listened on."""
+    for path in directory.glob("*.sock"):
+        with suppress(OSError):
+            if time.time() - path.lstat().st_mtime < _STALE_AFTER_S:
+                continue
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                probe.setblocking(False)
+                try:
+                    probe.connect(str(path))
+                except ConnectionRefusedError:
+                    path.unlink()
+
+
+# --- the two ends ---------------------------------------------------------------------------------
+
+
+def bind_router(context: zmq.Context[S], endpoint: str) -> S:
+    """The front-end's end. A message is [worker identity, bytes], both ways.
+
+    Sending to a worker that is not connected raises zmq.ZMQError with EHOSTUNREACH, and to one
+    that has not read the last MAX_QUEUED_MESSAGES, with NOBLOCK, zmq.Again. Works with an asyncio
+    context too. Raises: zmq.ZMQError if the endpoint cannot be bound.
+    """
+    router = context.socket(zmq.ROUTER)
+    _bound(router)
+    router.setsockopt(zmq.LINGER, 0)
+    router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    router.setsockopt(zmq.ROUTER_HANDOVER, 1)
+    router.bind(endpoint)
+    return router
+
+
+def connect_dealer(context: zmq.Context[S], endpoint: str, worker_id: int, epoch: int) -> S:
+    """A worker's end. A message is one frame of bytes, both ways.
+
+    Connecting goes on in the background, and what is sent meanwhile waits. The first message makes
+    the worker known to the front-end, which cannot reach it before.
+    """
+    dealer = context.socket(zmq.DEALER)
+    _bound(dealer)
+    dealer.setsockopt(zmq.LINGER, 0)
+    dealer.setsockopt(zmq.ROUTING_ID, worker_identity(worker_id, epoch))
+    dealer.connect(endpoint)
+    return dealer
+
+
+def _bound(end: zmq.Socket[Any]) -> None:
+    end.setsockopt(zmq.SNDHWM, MAX_QUEUED_MESSAGES)
+    end.setsockopt(zmq.RCVHWM, MAX_QUEUED_MESSAGES)
+    end.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+
+
+def worker_identity(worker_id: int, epoch: int) -> bytes:
+    """The routing id of a worker: what was sent to a dead epoch cannot reach its successor."""
+    return b"%d.%d" % (worker_id, epoch)
+
+
+def parse_worker_identity(identity: bytes) -> tuple[int, int] | None:
+    """The (worker_id, epoch) that `worker_identity` wrote, or None for any other bytes."""
+    match = re.fullmatch(rb"(\d{1,18})\.(\d{1,18})", identity)
+    return (int(match[1]), int(match[2])) if match else None

@@ -1,0 +1,500 @@
+"""The native kernel: right against the numpy reference, bit-identical against itself."""
+
+from __future__ import annotations
+
+import os
+import resource
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from step_batches import Row, Sampling, step_batch
+from tiny_models import ARCHITECTURES, VOCAB_SIZE, tiny_artifact
+
+from furiosa_llm.errors import EngineShutDownError, FuriosaLLMError, InvalidRequestError
+from furiosa_llm.workers import sampler
+from furiosa_llm.workers.artifact.artifact import Artifact, Tensor
+from furiosa_llm.workers.artifact.packing import pack_matrix, pack_quantized, unpack_matrix
+from furiosa_llm.workers.artifact.quantize import quantize
+from furiosa_llm.workers.executor import StepResult
+from furiosa_llm.workers.kernels import native, native_library
+from furiosa_llm.workers.kernels.native import NativeExecutor
+from furiosa_llm.workers.kernels.reference import ReferenceExecutor
+
+ISAS = native_library.available_isas()
+WEIGHTS = ("fp32", "bf16", "int8", "int4")
+PROMPTS = (
+    [5, 77, 301, 12, 9, 240, 33],
+    [(7 * i) % VOCAB_SIZE for i in range(90)],  # longer than a piece of attention, not a multiple
+    [1],
+    [(11 * i + 3) % VOCAB_SIZE for i in range(33)],
+)
+
+MakeExecutor = Callable[..., NativeExecutor]
+
+
+@pytest.fixture(scope="module")
+def artifact_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Artifact]:
+    root: Path = tmp_path_factory.mktemp("native")
+    return lambda architecture, weights, **options: tiny_artifact(
+        root, architecture, weights, **options
+    )
+
+
+@pytest.fixture
+def make_executor() -> Iterator[MakeExecutor]:
+    opened = []
+
+    def make(artifact: Artifact, **options: Any) -> NativeExecutor:
+        defaults: dict[str, Any] = {
+            "num_blocks": 64,
+            "block_size": 16,
+            "kv_cache_dtype": "fp32",
+            "cpus": ((),),
+            "max_num_batched_tokens": 256,
+        }
+        opened.append(NativeExecutor(artifact, **(defaults | options)))
+        return opened[-1]
+
+    yield make
+    for executor in opened:
+        executor.close()
+
+
+def blocks_of(sequence: int, block_size: int = 16) -> list[int]:
+    """A scattered block table for 128 tokens, apart from every other sequence's."""
+    count = 128 // block_size
+    return [sequence + 4 * i for i in reversed(range(count))]
+
+
+# ---- one matrix product ------------------------------------------------------------------------
+
+
+def packed_tensor(values: np.ndarray, dtype: str) -> Tensor:
+    """`dtype` int4-min is int4 with mins."""
+    is_min = dtype == "int4-min"
+    packed = (
+        pack_quantized(quantize(values, "int4").with_mins())
+        if is_min
+        else pack_matrix(values, dtype)
+    )
+    room = np.zeros(len(packed) + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    room[start : start + len(packed)] = packed
+    return Tensor(dtype[:4], *values.shape, is_min, room[start : start + len(packed)])
+
+
+def quantized_as_kernels_do(x: np.ndarray) -> np.ndarray:
+    groups = x.reshape(len(x), -1, 32)
+    scales = np.abs(groups).max(axis=2, keepdims=True) / np.float32(127)
+    q = np.rint(np.divide(groups, scales, out=np.zeros_like(groups), where=scales > 0))
+    return (q.astype(np.float64) * scales).reshape(x.shape)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [*WEIGHTS, "int4-min"])
+@pytest.mark.parametrize("shape", [(16, 32), (37, 160), (112, 64)])
+def test_matmul_is_the_product(isa: str, dtype: str, shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(1)
+    tensor = packed_tensor(rng.standard_normal(shape).astype(np.float32), dtype)
+    x = rng.standard_normal((13, shape[1])).astype(np.float32)
+    x[4, :32] = 0
+    weights = unpack_matrix(tensor.data, *shape, tensor.dtype, tensor.has_min).astype(np.float64)
+    inputs = quantized_as_kernels_do(x) if tensor.dtype.startswith("int") else x.astype(np.float64)
+
+    y = native.matmul(tensor, x, isa=isa)
+
+    # Left-to-right float32 sums: an ulp of the running sum at each of the terms, at worst.
+    bound = 2.0**-23 * shape[1] * (np.abs(inputs) @ np.abs(weights).T) / 8 + 1e-6
+    assert (np.abs(y - inputs @ weights.T) <= bound).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [*WEIGHTS, "int4-min"])
+def test_matmul_bits_do_not_depend_on_the_number_of_rows(isa: str, dtype: str) -> None:
+    rng = np.random.default_rng(2)
+    tensor = packed_tensor(rng.standard_normal((40, 96)).astype(np.float32), dtype)
+    x = rng.standard_normal((17, 96)).astype(np.float32)
+    whole = native.matmul(tensor, x, isa=isa)
+    for count in range(1, 17):
+        assert np.array_equal(native.matmul(tensor, x[:count], isa=isa), whole[:count])
+
+
+def test_matmul_extremes_stay_exact() -> None:
+    """All inputs and all weights at their largest: no integer sum saturates."""
+    for dtype, q, value in (("int8", -128, -128.0), ("int4", 0, -8.0), ("int4", 15, 7.0)):
+        tensor = packed_tensor(np.ones((16, 32), np.float32), dtype)
+        bytes_ = tensor.data.copy()
+        num_data = 16 * 32 // (1 if dtype == "int8" else 2)
+        bytes_[:num_data] = np.int8(q).view(np.uint8) if dtype == "int8" else q * 17
+        bytes_[num_data : num_data + 32] = np.ones(16, np.float16).view(np.uint8)
+        tensor.data[:] = bytes_
+        for isa in ISAS:
+            y = native.matmul(tensor, np.full((5, 32), -127, np.float32), isa=isa)
+            assert (y == value * -127 * 32).all()
+
+
+# ---- the whole step ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kv_cache_dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_logits_match_the_reference(
+    artifact_of: Callable[..., Artifact],
+    make_executor: MakeExecutor,
+    architecture: str,
+    weights: str,
+    kv_cache_dtype: str,
+    isa: str,
+) -> None:
+    artifact = artifact_of(architecture, weights)
+    options = {"num_blocks": 64, "block_size": 16, "kv_cache_dtype": kv_cache_dtype}
+    reference = ReferenceExecutor(artifact, **options)
+    executor = make_executor(artifact, isa=isa, **options)
+    prefill = step_batch([Row(0, p, blocks_of(i)) for i, p in enumerate(PROMPTS)])
+    decode = step_batch([Row(len(p), [7], blocks_of(i)) for i, p in enumerate(PROMPTS)])
+    for batch in (prefill, decode):
+        expected, actual = reference.logits(batch), executor.logits(batch)
+        difference = np.abs(actual - expected)
+        max_bound, mean_bound = logits_bounds(weights, kv_cache_dtype)
+        assert difference.max() < max_bound
+        assert difference.mean() < mean_bound
+
+
+def logits_bounds(weights: str, kv_cache_dtype: str) -> tuple[float, float]:
+    """How far logits (of a spread of about 10) may be from the reference's: at most, on average.
+
+    Sums in another order differ in the last bits. Where values are rounded on the way, one at the
+    edge of a step may then fall to the other side: rarely to another bf16 in the cache, and by
+    1/127 of its group's largest in activations quantised for int8 and int4.
+    """
+    if weights in ("int8", "int4"):
+        return 0.4, 0.04
+    return (3e-4, 5e-5) if kv_cache_dtype == "fp32" else (0.03, 0.003)
+
+
+def all_logits(executor: NativeExecutor, chunk: int, together: bool, block_size: int) -> np.ndarray:
+    """Prefill every prompt in chunks, decode three tokens each; (prompts, 4, vocab) logits."""
+    results = np.zeros((len(PROMPTS), 4, VOCAB_SIZE), np.float32)
+    streams = [[*prompt, 7, 8, 9] for prompt in PROMPTS]
+    done = [0] * len(PROMPTS)
+    while any(done[i] < len(streams[i]) for i in range(len(PROMPTS))):
+        rows, places = [], []
+        for i, prompt in enumerate(PROMPTS):
+            if done[i] == len(streams[i]):
+                continue
+            end = min(done[i] + chunk, len(prompt)) if done[i] < len(prompt) else done[i] + 1
+            rows.append(Row(done[i], streams[i][done[i] : end], blocks_of(i, block_size)))
+            places.append((i, end - len(prompt)))
+            done[i] = end
+            if not together:
+                break
+        logits = executor.logits(step_batch(rows))
+        for (i, place), row in zip(places, logits, strict=True):
+            if place >= 0:
+                results[i, place] = row
+    return results
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(
+    ("architecture", "weights", "kv_cache_dtype"),
+    [
+        ("mistral", "fp32", "fp32"),
+        ("llama", "fp32", "fp32"),
+        ("qwen3", "bf16", "bf16"),
+        ("llama", "int8", "bf16"),
+        ("llama3", "int4", "fp32"),
+    ],
+)
+def test_bits_do_not_depend_on_batch_chunks_blocks_or_pes(
+    artifact_of: Callable[..., Artifact],
+    make_executor: MakeExecutor,
+    architecture: str,
+    weights: str,
+    kv_cache_dtype: str,
+    isa: str,
+) -> None:
+    # Wide enough that one query's keys lie in one or in two pieces, depending on its position.
+    options = {"sliding_window": 50} if architecture == "mistral" else {}
+    artifact = artifact_of(architecture, weights, **options)
+
+    def run(*, chunk: int, together: bool, num_pes: int, block_size: int = 16) -> np.ndarray:
+        executor = make_executor(
+            artifact,
+            isa=isa,
+            kv_cache_dtype=kv_cache_dtype,
+            cpus=((),) * num_pes,
+            block_size=block_size,
+        )
+        return all_logits(executor, chunk, together, block_size)
+
+    alone = run(chunk=128, together=False, num_pes=1)
+    assert np.isfinite(alone).all()
+    assert np.abs(alone).max() > 1
+    for variant in (
+        run(chunk=128, together=True, num_pes=1),
+        run(chunk=128, together=True, num_pes=2),
+        run(chunk=5, together=True, num_pes=2),
+        run(chunk=1, together=False, num_pes=1),
+        run(chunk=64, together=True, num_pes=3, block_size=8),
+    ):
+        assert np.array_equal(variant, alone)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_more_pes_than_cores_give_the_same_tokens(
+    artifact_of: Callable[..., Artifact], make_executor: MakeExecutor, isa: str
+) -> None:
+    """Many short steps on threads that are often late: each must find its job, or find it gone."""
+    artifact = artifact_of("llama", "int8")
+
+    def tokens(num_pes: int) -> list[int]:
+        executor = make_executor(artifact, isa=isa, cpus=((),) * num_pes)
+        found, last = [], 1
+        for position in range(100):
+            batch = step_batch([Row(position, [last], blocks_of(0))])
+            last = int(executor.execute(batch).token_ids[0])
+            found.append(last)
+        return found
+
+    assert tokens(5) == tokens(1)
+
+
+def test_execute_samples_what_logits_say(
+    artifact_of: Callable[..., Artifact], make_executor: MakeExecutor
+) -> None:
+    executor = make_executor(artifact_of("llama", "int8"), cpus=((), ()))
+    samplings = [
+        Sampling(num_logprobs=3),
+        Sampling(temperature=0.8, seed=11, num_logprobs=0),
+        None,
+        Sampling(temperature=1.5, top_k=20, top_p=0.9, seed=2**64 - 1, history=[3, 3, 9]),
+    ]
+    rows = [Row(0, p, blocks_of(i), samplings[i]) for i, p in enumerate(PROMPTS)]
+    batch = step_batch(rows)
+    assert_same(executor.execute(batch), sampler.sample(executor.logits(batch), batch))
+
+
+def test_more_sampling_rows_than_one_round_of_logits(
+    artifact_of: Callable[..., Artifact], make_executor: MakeExecutor
+) -> None:
+    executor = make_executor(artifact_of("llama", "fp32"), num_blocks=150, cpus=((), ()))
+    batch = step_batch([Row(0, [i], [i], Sampling(num_logprobs=2)) for i in range(150)])
+    result = executor.execute(batch)
+    for i in (0, 63, 64, 149):
+        alone = executor.execute(step_batch([Row(0, [i], [0], Sampling(num_logprobs=2))]))
+        assert alone.token_ids[0] == result.token_ids[i]
+        assert np.array_equal(alone.top_logprobs[0], result.top_logprobs[i])
+
+
+# ---- sampling ----------------------------------------------------------------------------------
+
+
+def assert_same(actual: StepResult, expected: StepResult) -> None:
+    assert np.array_equal(actual.token_ids, expected.token_ids)
+    assert np.array_equal(actual.ranks, expected.ranks)
+    assert np.array_equal(actual.top_token_ids, expected.top_token_ids)
+    np.testing.assert_allclose(actual.logprobs, expected.logprobs, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(actual.top_logprobs, expected.top_logprobs, rtol=1e-5, atol=1e-5)
+
+
+samplings = st.builds(
+    Sampling,
+    temperature=st.sampled_from([0.0, 0.3, 1.0, 4.0]),
+    top_k=st.sampled_from([0, 1, 5, 100, 2000]),
+    top_p=st.sampled_from([1.0, 0.95, 0.5, 0.01]),
+    min_p=st.sampled_from([0.0, 0.05, 1.0]),
+    repetition_penalty=st.sampled_from([1.0, 1.3, 0.5]),
+    seed=st.integers(0, 2**64 - 1),
+    choice_index=st.integers(0, 7),
+    num_logprobs=st.sampled_from([-1, 0, 4]),
+    history=st.lists(st.integers(0, 999), max_size=30),
+    suppressed=st.lists(st.integers(0, 999), max_size=8),
+)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    rows=st.lists(samplings, min_size=1, max_size=4),
+    seed=st.integers(0, 1000),
+    has_ties=st.booleans(),
+    position=st.integers(1, 2**31 - 1),
+)
+def test_sampling_equals_the_numpy_sampler(
+    rows: list[Sampling], seed: int, has_ties: bool, position: int
+) -> None:
+    logits = np.random.default_rng(seed).standard_normal((len(rows), 1000)).astype(np.float32) * 3
+    if has_ties:
+        logits = np.round(logits)
+    batch = step_batch([Row(position - 1, [0], [], row) for row in rows])
+    expected = sampler.sample(logits, batch)
+    for isa in ISAS:
+        assert_same(native.sample(logits, batch, isa=isa), expected)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_sampling_follows_the_probabilities(isa: str) -> None:
+    probabilities = np.array([0.5, 0.25, 0.2, 0.05])
+    logits = np.tile(np.log(probabilities).astype(np.float32), (4000, 1))
+    rows = [Row(7, [0], [], Sampling(temperature=1.0, seed=seed)) for seed in range(4000)]
+    counts = np.bincount(native.sample(logits, step_batch(rows), isa=isa).token_ids, minlength=4)
+    assert np.abs(counts / 4000 - probabilities).max() < 0.03  # four standard deviations
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [0, 8, 96])
+def test_logits_that_are_not_finite_are_refused(bad: float, place: int) -> None:
+    logits = np.zeros((2, 97), np.float32)
+    logits[1, place] = bad
+    batch = step_batch([Row(0, [0], []), Row(0, [0], [])])
+    for isa in ISAS:
+        with pytest.raises(FuriosaLLMError, match="row 1: the model's logits are NaN or infinite"):
+            native.sample(logits, batch, isa=isa)
+
+
+def test_suppressing_everything_is_refused() -> None:
+    batch = step_batch([Row(0, [0], [], Sampling(suppressed=range(8)))])
+    with pytest.raises(InvalidRequestError, match="every token"):
+        native.sample(np.zeros((1, 8), np.float32), batch)
+
+
+# ---- refusals ----------------------------------------------------------------------------------
+
+
+def int32(*values: int) -> np.ndarray:
+    return np.array(values, np.int32)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "match"),
+    [
+        ({"token_ids": int32(1, 2, VOCAB_SIZE)}, f"token id {VOCAB_SIZE} is outside 0 .. 383"),
+        ({"token_ids": int32(1, -1, 2)}, "token id -1"),
+        ({"block_ids": int32(0, 64)}, "block id 64 is outside 0 .. 63"),
+        ({"block_ids": int32(-1, 0)}, "block id -1"),
+        ({"context_lens": int32(31)}, "31 \\+ 3 tokens but its blocks hold 32"),
+        ({"context_lens": int32(-1)}, "-1 \\+ 3 tokens"),
+        ({"row_offsets": int32(0, 2)}, "row_offsets ends at 2 of 3"),
+        ({"row_offsets": int32(1, 3)}, "row_offsets does not start at 0"),
+        ({"block_offsets": int32(0, 9)}, "block_offsets ends at 9 of 2"),
+        ({"sample_rows": int32(1)}, "sample_rows: row 1"),
+        ({"history_offsets": int32(0, 4)}, "history_offsets ends at 4 of 0"),
+        ({"temperature": np.array([np.nan], np.float32)}, "parameter out of range"),
+        ({"repetition_penalty": np.zeros(1, np.float32)}, "parameter out of range"),
+        ({"top_p": np.zeros(1, np.float64)}, "top_p is float64"),
+        ({"top_p": np.zeros(2, np.float32)}, "top_p is float32 \\(2,\\)"),
+        ({"token_ids": np.arange(6, dtype=np.int32)[::2]}, "token_ids is int32"),
+    ],
+)
+def test_a_batch_that_contradicts_itself_is_refused_and_changes_nothing(
+    artifact_of: Callable[..., Artifact],
+    make_executor: MakeExecutor,
+    overrides: dict[str, Any],
+    match: str,
+) -> None:
+    executor = make_executor(artifact_of("llama", "fp32"))
+    executor.logits(step_batch([Row(0, [1, 2, 3], [0, 1])]))
+    decode = step_batch([Row(3, [4], [0, 1])])
+    before = executor.logits(decode)
+    with pytest.raises(InvalidRequestError, match=match):
+        executor.execute(step_batch([Row(0, [9, 9, 9], [0, 1])], **overrides))
+    assert np.array_equal(executor.logits(decode), before)
+
+
+def test_a_step_larger_than_announced_is_refused(
+    artifact_of: Callable[..., Artifact], make_executor: MakeExecutor
+) -> None:
+    executor = make_executor(artifact_of("llama", "fp32"), max_num_batched_tokens=8)
+    with pytest.raises(InvalidRequestError, match="9 tokens but the engine takes 8"):
+        executor.execute(step_batch([Row(0, [1] * 9, [0])]))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"kv_cache_dtype": "fp16"}, "'fp16'; it must be one of fp32, bf16"),
+        ({"num_blocks": 0}, "not positive"),
+        ({"cpus": ()}, "not positive"),
+        ({"isa": "sse9"}, f"'sse9'.*use one of {', '.join(ISAS)}"),
+    ],
+)
+def test_an_executor_that_cannot_be_is_refused(
+    artifact_of: Callable[..., Artifact],
+    make_executor: MakeExecutor,
+    options: dict[str, Any],
+    match: str,
+) -> None:
+    with pytest.raises(InvalidRequestError, match=match):
+        make_executor(artifact_of("llama", "fp32"), **options)
+
+
+def test_the_environment_picks_the_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FURIOSA_SERVE_ISA", raising=False)
+    assert native_library.resolve_isa() == ISAS[0]
+    monkeypatch.setenv("FURIOSA_SERVE_ISA", "portable")
+    assert native_library.resolve_isa() == "portable"
+    monkeypatch.setenv("FURIOSA_SERVE_ISA", "fast")
+    with pytest.raises(InvalidRequestError, match=r"FURIOSA_SERVE_ISA is 'fast'.*portable"):
+        native_library.resolve_isa()
+
+
+def test_a_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_library, "ABI_VERSION", -1)
+    with pytest.raises(FuriosaLLMError, match="built from other sources"):
+        native_library.library.__wrapped__()
+
+
+# ---- life and cost -----------------------------------------------------------------------------
+
+
+def test_closing_twice_is_fine_and_a_closed_executor_says_so(
+    artifact_of: Callable[..., Artifact], make_executor: MakeExecutor
+) -> None:
+    executor = make_executor(artifact_of("llama", "fp32"), cpus=((), ()))
+    executor.close()
+    executor.close()
+    with pytest.raises(EngineShutDownError):
+        executor.execute(step_batch([Row(0, [1], [0])]))
+
+
+def test_an_unused_cache_takes_no_memory(
+    artifact_of: Callable[..., Artifact], make_executor: MakeExecutor
+) -> None:
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    artifact = artifact_of("llama", "fp32")
+    before = resident_bytes()
+    # 2^22 blocks of 16 tokens of 1 KiB: 64 GiB of addresses.
+    make_executor(artifact, num_blocks=1 << 22, max_num_batched_tokens=8192)
+    assert resident_bytes() - before < 16 << 20
+
+
+def test_idle_threads_use_no_cpu(
+    artifact_of: Callable[..., Artifact], make_executor: MakeExecutor
+) -> None:
+    """A thread that kept spinning would use all of the window; sleeping ones use none of it."""
+    executor = make_executor(artifact_of("llama", "fp32"), cpus=((), ()))
+    executor.execute(step_batch([Row(0, [1, 2, 3], [0])]))
+    window_s = 0.5
+    before_s = time.process_time()
+    threading.Event().wait(window_s)
+    assert time.process_time() - before_s < window_s / 5
+
+
+def test_binding_lasts_for_the_step_only(
+    artifact_of: Callable[..., Artifact], make_executor: MakeExecutor
+) -> None:
+    allowed = os.sched_getaffinity(0)
+    executor = make_executor(artifact_of("llama", "fp32"), cpus=((min(allowed),), (max(allowed),)))
+    executor.execute(step_batch([Row(0, [1, 2, 3], [0])]))
+    assert os.sched_getaffinity(0) == allowed

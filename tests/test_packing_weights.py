@@ -1,0 +1,202 @@
+"""Panels hold what docs/artifact-format.md says, and quantisation loses as little as it claims."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from furiosa_llm.workers.artifact.encodings import decode, decode_blocks
+from furiosa_llm.workers.artifact.packing import (
+    MATRIX_DTYPES,
+    from_bf16,
+    matrix_nbytes,
+    pack_matrix,
+    pack_quantized,
+    panel_nbytes,
+    to_bf16,
+    unpack_matrix,
+    unpack_quantized,
+)
+from furiosa_llm.workers.artifact.quantize import QuantizedRows, quantize
+
+SHAPES = [(1, 32), (16, 64), (17, 96), (48, 576)]
+
+
+def random_matrix(rows: int, cols: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((rows, cols)).astype(np.float32)
+
+
+def random_blocks(rows: int, cols: int, dtype: str, has_min: bool = False) -> QuantizedRows:
+    rng = np.random.default_rng(rows * cols)
+    low, high, kind = (-128, 128, np.int8) if dtype == "int8" else (0, 16, np.uint8)
+    q = rng.integers(low, high, (rows, cols)).astype(kind)
+    scales, mins = rng.standard_normal((2, rows, cols // 32)).astype(np.float16)
+    return QuantizedRows(q, scales, mins if has_min else None)
+
+
+@pytest.mark.parametrize("dtype", MATRIX_DTYPES)
+@pytest.mark.parametrize(("rows", "cols"), SHAPES)
+def test_packing_keeps_every_value_in_its_place(rows, cols, dtype):
+    values = random_matrix(rows, cols)
+    packed = pack_matrix(values, dtype)
+    assert packed.dtype == np.uint8
+    assert packed.shape == (matrix_nbytes(rows, cols, dtype),)
+    expected = {
+        "fp32": lambda: values,
+        "bf16": lambda: from_bf16(to_bf16(values)),
+    }.get(dtype, lambda: quantize(values, dtype).dequantize())()
+    np.testing.assert_array_equal(unpack_matrix(packed, rows, cols, dtype), expected)
+
+
+@pytest.mark.parametrize(("dtype", "has_min"), [("int8", False), ("int4", False), ("int4", True)])
+@pytest.mark.parametrize(("rows", "cols"), SHAPES)
+def test_raw_blocks_survive_exactly(rows, cols, dtype, has_min):
+    blocks = random_blocks(rows, cols, dtype, has_min)
+    packed = pack_quantized(blocks)
+    assert len(packed) == matrix_nbytes(rows, cols, dtype, has_min)
+    unpacked = unpack_quantized(packed, rows, cols, dtype, has_min)
+    np.testing.assert_array_equal(unpacked.q, blocks.q)
+    np.testing.assert_array_equal(unpacked.scales, blocks.scales)
+    assert (unpacked.mins is None) == (not has_min)
+    if has_min:
+        np.testing.assert_array_equal(unpacked.mins, blocks.mins)
+    np.testing.assert_array_equal(
+        unpack_matrix(packed, rows, cols, dtype, has_min), blocks.dequantize()
+    )
+
+
+def test_fp32_bytes_are_those_of_the_format():
+    values = random_matrix(20, 32)
+    panels = pack_matrix(values, "fp32").view(np.float32).reshape(2, 32, 16)
+    for row, col in [(0, 0), (15, 31), (16, 0), (19, 7)]:
+        assert panels[row // 16, col, row % 16] == values[row, col]
+    assert not panels[1, :, 4:].any(), "the last panel is padded with zero rows"
+
+
+def test_bf16_bytes_are_those_of_the_format():
+    values = random_matrix(16, 32)
+    panel = pack_matrix(values, "bf16").view(np.uint16).reshape(16, 16, 2)
+    for row, col in [(0, 0), (3, 5), (15, 31)]:
+        assert panel[col // 2, row, col % 2] == to_bf16(values)[row, col]
+
+
+def test_int8_bytes_are_those_of_the_format():
+    blocks = random_blocks(32, 96, "int8")
+    stride = panel_nbytes(96, "int8")
+    assert stride == 1664  # 3 groups of 16 rows of 34 bytes are 1632: rounded up to 64
+    panel = pack_quantized(blocks)[stride:]
+    data = panel[: 3 * 512].view(np.int8).reshape(3, 8, 16, 4)
+    scales = panel[3 * 512 : 3 * 544].view(np.float16).reshape(3, 16)
+    for row, col in [(16, 0), (21, 45), (31, 95)]:
+        group, quad, byte = col // 32, col % 32 // 4, col % 4
+        assert data[group, quad, row - 16, byte] == blocks.q[row, col]
+        assert scales[group, row - 16] == blocks.scales[row, group]
+    assert not panel[3 * 544 :].any()
+
+
+def test_int4_bytes_are_those_of_the_format():
+    blocks = random_blocks(16, 64, "int4", has_min=True)
+    panel = pack_quantized(blocks)
+    data = panel[: 2 * 256].reshape(2, 4, 16, 4)
+    scales, mins = panel[2 * 256 :].view(np.float16).reshape(2, 2, 16)
+    for row, col in [(0, 0), (5, 17), (9, 47), (15, 63)]:
+        group, quad, byte = col // 32, col % 32 // 4, col % 4
+        nibbles = data[group, quad % 4, row, byte]
+        assert (nibbles & 15 if quad < 4 else nibbles >> 4) == blocks.q[row, col]
+        assert scales[group, row] == blocks.scales[row, group]
+        assert mins[group, row] == blocks.mins[row, group]
+
+
+def test_slices_of_rows_join_into_the_whole():
+    values = random_matrix(50, 64)
+    for dtype in MATRIX_DTYPES:
+        slices = [pack_matrix(values[start : start + 16], dtype) for start in range(0, 50, 16)]
+        np.testing.assert_array_equal(np.concatenate(slices), pack_matrix(values, dtype))
+
+
+@given(
+    hnp.arrays(
+        np.float32,
+        st.tuples(st.integers(1, 20), st.sampled_from([32, 64])),
+        elements=st.floats(-1e4, 1e4, width=32),
+    )
+)
+@settings(max_examples=60, deadline=None)
+def test_quantisation_error_stays_within_half_a_step(values):
+    groups = values.reshape(len(values), -1, 32)
+    amax = np.abs(groups).max(axis=2, keepdims=True)
+    for dtype, steps in (("int8", 127), ("int4", 7)):
+        error = np.abs(quantize(values, dtype).dequantize().reshape(groups.shape) - groups)
+        # int4 may clip its largest value by a fifth of the range to serve the other 31 better. A
+        # scale is a float16: relative error 2^-11, and 2^-25 absolute where it is subnormal.
+        bound = {"int8": 0.51, "int4": 1.6}[dtype] * amax / steps + amax * 2**-10 + steps * 2**-24
+        assert (error <= bound).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind", "ratio"),
+    [
+        pytest.param("int8", gguf.GGMLQuantizationType.Q8_0, 1.0, id="int8 no worse than Q8_0"),
+        pytest.param("int4", gguf.GGMLQuantizationType.Q4_0, 0.92, id="int4 well below Q4_0"),
+    ],
+)
+def test_quantisation_beats_the_gguf_type_it_resembles(dtype, kind, ratio):
+    for scale in (1e-3, 1.0, 100.0):
+        values = random_matrix(256, 512) * np.float32(scale)
+        theirs = gguf.dequantize(gguf.quantize(values, kind), kind)
+        ours = quantize(values, dtype).dequantize()
+        assert np.square(ours - values).mean() <= ratio * np.square(theirs - values).mean()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_zeros_and_tiny_groups_become_zeros(dtype):
+    values = np.zeros((2, 64), np.float32)
+    values[1] = 1e-30
+    assert not quantize(values, dtype).dequantize().any()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38])
+def test_values_that_cannot_be_quantised_are_refused(dtype, bad):
+    values = random_matrix(2, 32)
+    values[1, 3] = bad
+    with pytest.raises(ValueError, match=r"not finite|float16"):
+        quantize(values, dtype)
+
+
+def test_bf16_rounds_half_to_even_and_keeps_nan():
+    bits = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0x7F800000, 0x7FC00001], np.uint32)
+    rounded = to_bf16(bits.view(np.float32))
+    assert rounded[:4].tolist() == [0x3F80, 0x3F82, 0x3F81, 0x7F80]
+    assert np.isnan(from_bf16(rounded[4:]))
+
+
+@pytest.mark.parametrize("encoding", ["Q8_0", "Q4_0", "Q4_1"])
+def test_gguf_blocks_are_read_as_the_numbers_that_they_are(encoding):
+    kind = gguf.GGMLQuantizationType[encoding]
+    raw = gguf.quantize(random_matrix(5, 96), kind)
+    np.testing.assert_array_equal(
+        decode_blocks(raw, encoding).dequantize(), gguf.dequantize(raw, kind)
+    )
+
+
+@pytest.mark.parametrize("encoding", ["Q5_0", "Q6_K", "Q4_K", "IQ4_NL", "MXFP4"])
+def test_other_gguf_blocks_are_dequantised_by_the_gguf_package(encoding):
+    kind = gguf.GGMLQuantizationType[encoding]
+    block, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    raw = np.random.default_rng(3).integers(0, 60, (4, 2 * nbytes)).astype(np.uint8)
+    assert decode_blocks(raw, encoding) is None
+    values = decode(raw, encoding)
+    assert values.shape == (4, 2 * block)
+    np.testing.assert_array_equal(values, gguf.dequantize(raw, kind))
+
+
+def test_int4_with_mins_means_the_same():
+    blocks = random_blocks(4, 64, "int4")
+    np.testing.assert_allclose(
+        blocks.with_mins().dequantize(), blocks.dequantize(), rtol=0, atol=1e-5
+    )

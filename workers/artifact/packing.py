@@ -1,0 +1,154 @@
+"""Packed matrices: rows in panels of 16, interleaved as docs/artifact-format.md lays down.
+
+Everything here works on whole panels, so a matrix may be packed in slices of rows (each but the
+last a multiple of 16) and the slices joined.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from furiosa_llm.workers.artifact.quantize import GROUP, QuantizedRows, quantize
+
+PANEL_ROWS = 16
+ALIGNMENT = 64
+
+VECTOR = "vector"
+MATRIX_DTYPES = ("fp32", "bf16", "int8", "int4")
+
+Bytes = NDArray[np.uint8]
+
+
+def cols_multiple(dtype: str) -> int:
+    """What the columns of a matrix of this dtype must be a multiple of."""
+    return {"fp32": 1, "bf16": 2, "int8": GROUP, "int4": GROUP}[dtype]
+
+
+def panel_nbytes(cols: int, dtype: str, has_min: bool = False) -> int:
+    """Bytes from one panel's start to the next one's, a multiple of 64."""
+    groups = cols // GROUP
+    used = {
+        "fp32": cols * PANEL_ROWS * 4,
+        "bf16": cols * PANEL_ROWS * 2,
+        "int8": groups * PANEL_ROWS * (GROUP + 2),
+        "int4": groups * PANEL_ROWS * (GROUP // 2 + (4 if has_min else 2)),
+    }[dtype]
+    return -(-used // ALIGNMENT) * ALIGNMENT
+
+
+def matrix_nbytes(rows: int, cols: int, dtype: str, has_min: bool = False) -> int:
+    """Bytes of a whole packed matrix, the padding of its last panel included."""
+    return -(-rows // PANEL_ROWS) * panel_nbytes(cols, dtype, has_min)
+
+
+def to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """The upper halves of float32 values, rounded half to even; NaN stays NaN."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    quiet = (bits >> np.uint32(16)) | np.uint32(0x40)
+    return np.where(np.isnan(values), quiet, rounded).astype(np.uint16)
+
+
+def from_bf16(halves: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """bfloat16 bit patterns as the float32 values that they are."""
+    return (halves.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def pack_matrix(values: NDArray[np.float32], dtype: str) -> Bytes:
+    """Convert and pack a matrix.
+
+    Args:
+        values: (rows, cols) float32; cols even for bf16, a multiple of 32 for int8 and int4.
+        dtype: fp32, bf16, int8 or int4.
+    Returns: 1-D uint8 of `matrix_nbytes(rows, cols, dtype)` bytes, a new array.
+    Raises: ValueError for values that the dtype cannot hold (see `quantize`).
+    """
+    cols = values.shape[1]
+    _check_cols(cols, dtype)
+    if dtype in ("int8", "int4"):
+        return pack_quantized(quantize(np.ascontiguousarray(values, np.float32), dtype))
+    panels = _in_panels(np.asarray(values, dtype=np.float32))
+    if dtype == "fp32":
+        return _join([panels.transpose(0, 2, 1)], cols, dtype)
+    halves = to_bf16(panels).reshape(len(panels), PANEL_ROWS, cols // 2, 2)
+    return _join([halves.transpose(0, 2, 1, 3)], cols, dtype)
+
+
+def pack_quantized(blocks: QuantizedRows) -> Bytes:
+    """Pack integers and scales as they are. Returns 1-D uint8, as `pack_matrix` does."""
+    cols, dtype = blocks.q.shape[1], blocks.dtype
+    _check_cols(cols, dtype)
+    panels = _in_panels(blocks.q)
+    quads = panels.reshape(len(panels), PANEL_ROWS, cols // GROUP, 8, 4).transpose(0, 2, 3, 1, 4)
+    if dtype == "int4":  # (panels, groups, quads, rows, 4): quad j low, quad j + 4 high
+        quads = quads[:, :, :4] | (quads[:, :, 4:] << 4)
+    parts = [quads, _in_panels(blocks.scales).transpose(0, 2, 1)]
+    if blocks.mins is not None:
+        parts.append(_in_panels(blocks.mins).transpose(0, 2, 1))
+    return _join(parts, cols, dtype, blocks.mins is not None)
+
+
+def unpack_quantized(
+    data: Bytes, rows: int, cols: int, dtype: str, has_min: bool = False
+) -> QuantizedRows:
+    """The inverse of `pack_quantized`; new arrays."""
+    groups, num_panels = cols // GROUP, -(-rows // PANEL_ROWS)
+    panels = data.reshape(num_panels, -1)
+    data_nbytes = groups * PANEL_ROWS * (GROUP if dtype == "int8" else GROUP // 2)
+    scales_nbytes = groups * PANEL_ROWS * 2
+    quads = panels[:, :data_nbytes].reshape(num_panels, groups, -1, PANEL_ROWS, 4)
+    if dtype == "int4":
+        quads = np.concatenate([quads & 15, quads >> 4], axis=2)
+    q = quads.transpose(0, 3, 1, 2, 4).reshape(-1, cols)[:rows]
+
+    def halves(start: int) -> NDArray[np.float16]:
+        raw = np.ascontiguousarray(panels[:, start : start + scales_nbytes]).view(np.float16)
+        wide = raw.reshape(num_panels, groups, PANEL_ROWS).transpose(0, 2, 1)
+        return wide.reshape(-1, groups)[:rows]
+
+    scales = halves(data_nbytes)
+    mins = halves(data_nbytes + scales_nbytes) if has_min else None
+    return QuantizedRows(q.view(np.int8) if dtype == "int8" else q, scales, mins)
+
+
+def unpack_matrix(
+    data: Bytes, rows: int, cols: int, dtype: str, has_min: bool = False
+) -> NDArray[np.float32]:
+    """The values of a packed matrix, (rows, cols) float32: the inverse of `pack_matrix`."""
+    if dtype in ("int8", "int4"):
+        return unpack_quantized(data, rows, cols, dtype, has_min).dequantize()
+    num_panels = -(-rows // PANEL_ROWS)
+    panels = data.reshape(num_panels, panel_nbytes(cols, dtype))
+    if dtype == "fp32":
+        wide = np.ascontiguousarray(panels).view(np.float32).reshape(num_panels, cols, PANEL_ROWS)
+        return wide.transpose(0, 2, 1).reshape(-1, cols)[:rows]
+    used = np.ascontiguousarray(panels[:, : cols * PANEL_ROWS * 2]).view(np.uint16)
+    pairs = used.reshape(num_panels, cols // 2, PANEL_ROWS, 2).transpose(0, 2, 1, 3)
+    return from_bf16(pairs.reshape(-1, cols)[:rows])
+
+
+def _check_cols(cols: int, dtype: str) -> None:
+    assert cols % cols_multiple(dtype) == 0, f"{cols} columns cannot be {dtype}"
+
+
+def _in_panels(rows: NDArray[Any]) -> NDArray[Any]:
+    """(rows, n) as (panels, 16, n), the last panel padded with zero rows."""
+    missing = -len(rows) % PANEL_ROWS
+    if missing:
+        rows = np.concatenate([rows, np.zeros((missing, rows.shape[1]), rows.dtype)])
+    return rows.reshape(-1, PANEL_ROWS, rows.shape[1])
+
+
+def _join(parts: list[NDArray[Any]], cols: int, dtype: str, has_min: bool = False) -> Bytes:
+    """Panels whose bytes are each part's in turn, padded to the panel's size."""
+    num_panels = len(parts[0])
+    packed = np.zeros((num_panels, panel_nbytes(cols, dtype, has_min)), np.uint8)
+    start = 0
+    for part in parts:
+        raw = np.ascontiguousarray(part).view(np.uint8).reshape(num_panels, -1)
+        packed[:, start : start + raw.shape[1]] = raw
+        start += raw.shape[1]
+    return packed.reshape(-1)

@@ -1,0 +1,127 @@
+"""Matrices as groups of 32 small integers: `int8` and `int4`, the values of GGUF's Q8_0 and Q4_0.
+
+Rows are independent and a group never crosses a row, so a matrix may be quantised in slices of
+rows with the same result; that is how the builders keep their memory bounded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+GROUP = 32
+
+# Plain Q4_0 maps the largest value of a group to -8. Letting it fall elsewhere between 7 and 9
+# trades a little clipping of that value for a finer grid under the other 31, which is where most
+# of the error is. Twice these many grids are tried: either sign may have the long (-8) side.
+_INT4_EXTREMES = (8.0, 7.7, 7.4, 7.1, 8.4, 8.8)
+
+_MAX_FLOAT16 = 65504.0
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedRows:
+    """Rows of a matrix in groups of 32: w = scale * q, with what `q` is offset by said here.
+
+    int8: w = scale * q, q int8. int4: q uint8 in 0..15; w = scale * (q - 8), or, where there are
+    mins, w = scale * q + min.
+    """
+
+    q: NDArray[np.int8] | NDArray[np.uint8]  # (rows, cols)
+    scales: NDArray[np.float16]  # (rows, cols / 32)
+    mins: NDArray[np.float16] | None = None  # (rows, cols / 32)
+
+    @property
+    def dtype(self) -> str:
+        return "int8" if self.q.dtype == np.int8 else "int4"
+
+    def with_mins(self) -> QuantizedRows:
+        """The same int4 values in the form that has mins: scale * (q - 8) = scale * q + (-8 scale).
+
+        Exact, but for scales above 8188, whose eightfold a float16 cannot hold: ValueError.
+        """
+        if self.mins is not None:
+            return self
+        mins = self.scales.astype(np.float32) * np.float32(-8)
+        return QuantizedRows(self.q, self.scales, _as_float16(mins))
+
+    def dequantize(self) -> NDArray[np.float32]:
+        """(rows, cols) float32; each value is one float32 product (and sum) of its parts."""
+        rows, cols = self.q.shape
+        scales = self.scales.astype(np.float32)[:, :, None]
+        values = self.q.reshape(rows, cols // GROUP, GROUP).astype(np.float32)
+        if self.mins is not None:
+            values = values * scales + self.mins.astype(np.float32)[:, :, None]
+        elif self.dtype == "int4":
+            values = (values - np.float32(8)) * scales
+        else:
+            values = values * scales
+        return values.reshape(rows, cols)
+
+
+def quantize(values: NDArray[np.float32], dtype: str) -> QuantizedRows:
+    """Quantise `values` (rows, cols), cols a multiple of 32, to `int8` or `int4`.
+
+    Raises: ValueError for values that are not finite, or so large that a scale is not a float16.
+    """
+    return quantize_int8(values) if dtype == "int8" else quantize_int4(values)
+
+
+def quantize_int8(values: NDArray[np.float32]) -> QuantizedRows:
+    """Symmetric: scale = max|w| / 127 as float16, q = w / scale rounded half to even."""
+    groups = _groups_of(values)
+    scales = _as_float16(np.abs(groups).max(axis=2) / np.float32(127))
+    q = np.rint(groups * _inverse(scales)[:, :, None])
+    return QuantizedRows(np.clip(q, -127, 127).astype(np.int8).reshape(values.shape), scales)
+
+
+def quantize_int4(values: NDArray[np.float32]) -> QuantizedRows:
+    """Symmetric, -8..7: per group the grid of least squared error among a few.
+
+    For each candidate grid the integers are rounded, the least-squares scale for those integers
+    is <w, q> / <q, q>, and the error it leaves is <w, w> - <w, q>^2 / <q, q>; the candidate that
+    leaves the least wins. The scale's sign says which side of zero has the eighth step.
+    """
+    groups = _groups_of(values)
+    amax = np.abs(groups).max(axis=2)
+    best_scale = np.zeros_like(amax)
+    best_gain = np.full_like(amax, -1)
+    for extreme in _INT4_EXTREMES:
+        with np.errstate(divide="ignore", over="ignore"):
+            inverse = np.where(amax > 0, np.float32(extreme) / amax, 0)
+        inverse = np.where(np.isfinite(inverse), inverse, 0).astype(np.float32)
+        nearest = np.rint(groups * inverse[:, :, None])
+        for sign in (1, -1):
+            q = np.clip(nearest, -8, 7) if sign > 0 else np.clip(nearest, -7, 8)
+            dot = np.einsum("rgk,rgk->rg", groups, q)
+            norm = np.maximum(np.einsum("rgk,rgk->rg", q, q), 1)
+            gain = dot * dot / norm
+            better = gain > best_gain
+            best_gain = np.where(better, gain, best_gain)
+            best_scale = np.where(better, sign * dot / norm, best_scale)
+    scales = _as_float16(best_scale)
+    q = np.clip(np.rint(groups * _inverse(scales)[:, :, None]), -8, 7) + 8
+    return QuantizedRows(q.astype(np.uint8).reshape(values.shape), scales)
+
+
+def _groups_of(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    rows, cols = values.shape
+    assert cols % GROUP == 0, f"{cols} columns are not whole groups of {GROUP}"
+    if not np.isfinite(values).all():
+        raise ValueError("it holds values that are not finite (NaN or infinity)")
+    return values.reshape(rows, cols // GROUP, GROUP)
+
+
+def _as_float16(scales: NDArray[np.float32]) -> NDArray[np.float16]:
+    largest = float(np.abs(scales).max(initial=0))
+    if largest > _MAX_FLOAT16:
+        raise ValueError(f"it needs a scale of {largest:g}, more than a float16 holds; use bf16")
+    return scales.astype(np.float16)
+
+
+def _inverse(scales: NDArray[np.float16]) -> NDArray[np.float32]:
+    """1 / scale, and 0 where the scale is 0 (a group of zeros, or one too small for float16)."""
+    wide = scales.astype(np.float32)
+    return np.divide(1, wide, out=np.zeros_like(wide), where=wide != 0)

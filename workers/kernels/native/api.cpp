@@ -1,0 +1,106 @@
+#include "api.h"
+
+#include <cstdio>
+#include <exception>
+#include <new>
+#include <vector>
+
+#include "batch.h"
+#include "engine.h"
+#include "failure.h"
+
+using namespace furiosa;
+
+struct FsEngine {
+  Engine engine;
+};
+
+namespace {
+
+// Runs `body`; whatever it throws becomes a status and a message.
+template <class Body>
+int32_t guarded(FsMessage* message, const Body& body) {
+  const auto report = [message](FsStatus status, const char* text) {
+    std::snprintf(message->text, sizeof message->text, "%s", text);
+    return status;
+  };
+  try {
+    body();
+    return kOk;
+  } catch (const Failure& failure) {
+    return report(failure.status, failure.message.c_str());
+  } catch (const std::bad_alloc&) {
+    return report(kOutOfMemory, "out of memory");
+  } catch (const std::exception& error) {
+    return report(kInternal, error.what());
+  }
+}
+
+}  // namespace
+
+int32_t fs_abi_version() { return kAbiVersion; }
+
+int64_t fs_struct_size(int32_t which) {
+  constexpr int64_t kSizes[] = {sizeof(FsTensor), sizeof(FsEngineConfig), sizeof(FsBatch),
+                                sizeof(FsResult), sizeof(FsMessage)};
+  return which >= 0 && which < 5 ? kSizes[which] : -1;
+}
+
+const char* fs_isa_name(int32_t index) {
+  const KernelTable* table = kernel_table(index);
+  return table == nullptr ? nullptr : table->isa;
+}
+
+int32_t fs_engine_create(const FsEngineConfig* config, const char* isa, FsEngine** engine,
+                         FsMessage* message) {
+  return guarded(message,
+                 [&] { *engine = new FsEngine{Engine(*config, kernel_table_named(isa))}; });
+}
+
+void fs_engine_destroy(FsEngine* engine) { delete engine; }
+
+int32_t fs_engine_step(FsEngine* engine, const FsBatch* batch, FsResult* result,
+                       FsMessage* message) {
+  return guarded(message, [&] { engine->engine.step(*batch, result, nullptr); });
+}
+
+int32_t fs_engine_logits(FsEngine* engine, const FsBatch* batch, float* logits,
+                         FsMessage* message) {
+  return guarded(message, [&] { engine->engine.step(*batch, nullptr, logits); });
+}
+
+int32_t fs_matmul(const char* isa, const FsTensor* weights, const float* x, int32_t num_rows,
+                  float* y, FsMessage* message) {
+  return guarded(message, [&] {
+    const KernelTable& kernels = kernel_table_named(isa);
+    const Matrix w = matrix_from(*weights, "weights", weights->rows, weights->cols);
+    const int64_t num_values = int64_t{num_rows} * w.cols;
+    const int64_t num_groups = int64_t{num_rows} * w.num_groups();
+    std::vector<float> values(x, x + num_values);
+    std::vector<int8_t> quants(static_cast<size_t>(num_values));
+    std::vector<float> scales(static_cast<size_t>(num_groups)), scaled_sums(scales);
+    std::vector<int32_t> sums(scales.size());
+    const Activations input{w.cols,        values.data(), quants.data(),
+                            scales.data(), sums.data(),   scaled_sums.data()};
+    for (int row = 0; row < num_rows && w.is_quantized(); ++row) kernels.quantize(input, row);
+    kernels.matmul[w.dtype](w, 0, w.num_panels, input, 0, num_rows, {y, w.rows, nullptr, false});
+  });
+}
+
+int32_t fs_sample(const char* isa, const FsBatch* batch, int32_t vocab_size, float* logits,
+                  FsResult* result, FsMessage* message) {
+  return guarded(message, [&] {
+    const KernelTable& kernels = kernel_table_named(isa);
+    check_sampling(*batch, vocab_size);
+    Arena sizes(nullptr);
+    SamplerScratch::from(sizes, vocab_size);
+    const MappedMemory memory(sizes.nbytes());
+    Arena arena(memory.data());
+    const SamplerScratch scratch = SamplerScratch::from(arena, vocab_size);
+    for (int i = 0; i < batch->num_samples; ++i) {
+      float* row = logits + int64_t{i} * vocab_size;
+      throw_if_failed(sample_row(kernels, *batch, i, row, vocab_size, scratch, *result),
+                      batch->sample_rows[i]);
+    }
+  });
+}

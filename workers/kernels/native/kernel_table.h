@@ -1,0 +1,94 @@
+// What a kernel family (an ISA) must provide: one table of functions. The rest of the library is
+// compiled once and is the same for all of them.
+//
+// Every function computes a row, head or output from that row's or head's inputs alone and in one
+// order of operations, so that its bits depend neither on what else is in the step nor on how the
+// caller cut the work. Nothing here allocates or throws.
+#pragma once
+
+#include <cstdint>
+
+#include "matrix.h"
+
+namespace furiosa {
+
+// The left operand of a matmul. Quantised weights read the second group of fields, others `values`.
+struct Activations {
+  int cols;
+  float* values;       // (rows, cols)
+  int8_t* quants;      // (rows, cols): values / scale, rounded half to even
+  float* scales;       // (rows, cols/32): max|x| of the group / 127
+  int32_t* sums;       // (rows, cols/32): sum of the group's quants
+  float* scaled_sums;  // (rows, cols/32): scale * sum
+};
+
+// The result of a matmul and what is folded into it.
+struct Output {
+  float* values;            // (rows, stride)
+  int64_t stride;           // floats from one row to the next
+  const float* bias;        // (W.rows,) added to the product, or null
+  bool accumulate;          // add to `values` (a residual) instead of overwriting them
+};
+
+// Panels [panel_begin, panel_end) of W times rows [row_begin, row_end) of x.
+using MatmulKernel = void (*)(const Matrix& w, int panel_begin, int panel_end,
+                              const Activations& x, int row_begin, int row_end,
+                              const Output& out);
+
+// Attention looks at the context in pieces of this many positions, at multiples of it: how the
+// online softmax is cut depends on positions alone, not on blocks, chunks or batches.
+constexpr int kPieceSize = 64;
+// Query vectors (tokens times the heads that share a KV head) that one task holds at most.
+constexpr int kMaxQueries = 64;
+
+// Some query tokens of one sequence, all heads of one KV head, against that sequence's cache.
+struct AttentionTask {
+  const float* q;            // token 0's first head; heads follow each other, head_dim apart
+  float* out;                // likewise
+  int64_t q_stride, out_stride;  // floats from one token to the next
+  int num_tokens;            // num_tokens * heads_per_kv <= kMaxQueries
+  int heads_per_kv, head_dim;
+  int first_position;        // of token 0; its context is positions 0 .. first_position
+  int sliding_window;        // a token sees itself and the window - 1 before it; 0: all
+  float scale;
+  const void *keys, *values;  // this KV head in block 0: (block_size, head_dim) fp32 or bf16
+  FsDtype kv_dtype;
+  const int32_t* block_ids;
+  int block_size;
+  int64_t block_stride;      // elements from one block to the next
+  float* scratch;            // attention_scratch_floats(head_dim), 64-byte aligned
+};
+
+constexpr int64_t attention_scratch_floats(int head_dim) {
+  return int64_t{kMaxQueries} * (2 * head_dim + kPieceSize + 4);
+}
+
+struct KernelTable {
+  const char* isa;
+  bool (*is_supported)();
+  MatmulKernel matmul[4];  // by FsDtype
+  // Row kernels. n, cols, head_dim: any positive number (head_dim: a multiple of 8).
+  void (*rms_norm)(float* y, const float* x, const float* weight, int cols, float eps);
+  void (*quantize)(const Activations& x, int row);  // fills the quantised fields from `values`
+  void (*swiglu)(float* y, const float* gate, const float* up, int n);
+  void (*rotate)(float* head, const float* cos, const float* sin, int head_dim);
+  void (*bf16_from_float)(uint16_t* y, const float* x, int n);
+  void (*attention)(const AttentionTask& task);
+  // Vocabulary kernels. max_finite: the largest, or NaN when any value is NaN or infinite.
+  float (*max_finite)(const float* x, int n);
+  // y[i] = exp((x[i] - shift) / temperature) in double, x <= shift; 0 where it is below e^-700.
+  void (*exp_double)(double* y, const float* x, int n, double shift, double temperature);
+};
+
+extern const KernelTable kPortableKernels;
+#if defined(__x86_64__)
+extern const KernelTable kAvx2Kernels;
+#endif
+
+// The index-th family that this CPU can run, best first; null past the last.
+const KernelTable* kernel_table(int index) noexcept;
+
+// The family of that name; throws Failure(kInvalidConfig) when there is none here.
+const KernelTable& kernel_table_named(const char* isa);
+
+}  // namespace furiosa

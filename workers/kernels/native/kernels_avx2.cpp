@@ -1,0 +1,52 @@
+// The AVX2 + FMA kernel family.
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "kernel_table.h"
+#include "target.h"
+
+BEGIN_TARGET("avx2,fma,f16c")
+
+namespace furiosa {
+namespace avx2 {
+
+#include "simd_avx2.h"
+
+#include "row_kernels.h"
+
+#include "attention_kernel.h"
+
+#include "matmul_avx2.h"
+
+}  // namespace avx2
+}  // namespace furiosa
+
+END_TARGET
+
+namespace furiosa {
+
+const KernelTable kAvx2Kernels = {
+    "avx2",
+    [] {
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+             __builtin_cpu_supports("f16c");
+    },
+    {avx2::matmul_fp32, avx2::matmul_bf16, avx2::matmul_int8, avx2::matmul_int4},
+    avx2::rms_norm,
+    avx2::quantize,
+    avx2::swiglu,
+    avx2::rotate,
+    avx2::bf16_from_float,
+    avx2::attention,
+    avx2::max_finite,
+    avx2::exp_double,
+};
+
+}  // namespace furiosa
+
+#endif

@@ -1,0 +1,155 @@
+// The kernel family that runs anywhere: plain C++, one output panel and one row at a time.
+//
+// Order of sums, as in every family: an output is one lane, and takes its inputs (fp32, bf16) or
+// its groups of 32 (int8, int4; exact integers inside a group) from left to right.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "kernel_table.h"
+
+namespace furiosa {
+namespace portable {
+
+#include "simd_portable.h"
+
+#include "row_kernels.h"
+
+#include "attention_kernel.h"
+
+namespace {
+
+SIMD_INLINE void store_panel(const Output& out, const Matrix& w, int panel, int row,
+                             const float* acc) {
+  const int first = panel * kPanelRows;
+  const int count = w.rows - first < kPanelRows ? w.rows - first : kPanelRows;
+  float* y = out.values + row * out.stride + first;
+  for (int r = 0; r < count; ++r) {
+    const float value = out.bias != nullptr ? acc[r] + out.bias[first + r] : acc[r];
+    y[r] = out.accumulate ? y[r] + value : value;
+  }
+}
+
+void dot_fp32(float* acc, const uint8_t* panel, const Matrix& w, const Activations& x, int row) {
+  const float* values = reinterpret_cast<const float*>(panel);
+  const float* inputs = x.values + static_cast<int64_t>(row) * w.cols;
+  for (int k = 0; k < w.cols; ++k) {
+    for (int r = 0; r < kPanelRows; ++r) acc[r] += values[k * kPanelRows + r] * inputs[k];
+  }
+}
+
+void dot_bf16(float* acc, const uint8_t* panel, const Matrix& w, const Activations& x, int row) {
+  const uint16_t* values = reinterpret_cast<const uint16_t*>(panel);
+  const float* inputs = x.values + static_cast<int64_t>(row) * w.cols;
+  for (int k = 0; k < w.cols; ++k) {
+    for (int r = 0; r < kPanelRows; ++r) {
+      const uint32_t bits = static_cast<uint32_t>(values[k / 2 * 32 + r * 2 + k % 2]) << 16;
+      float value;
+      std::memcpy(&value, &bits, 4);
+      acc[r] += value * inputs[k];
+    }
+  }
+}
+
+// Eight integers at a time: the four inputs of two neighbouring outputs.
+typedef int8_t Bytes8 __attribute__((vector_size(8)));
+typedef int16_t Words8 __attribute__((vector_size(16)));
+
+SIMD_INLINE Words8 widen(const void* bytes) {
+  Bytes8 narrow;
+  std::memcpy(&narrow, bytes, 8);
+  return __builtin_convertvector(narrow, Words8);
+}
+SIMD_INLINE Words8 quad_twice(const int8_t* quad) {
+  return Words8{quad[0], quad[1], quad[2], quad[3], quad[0], quad[1], quad[2], quad[3]};
+}
+// Sums of neighbouring words.
+SIMD_INLINE I4 add_pairs(Words8 words) {
+  const I4 pairs = (I4)words;
+  return (pairs >> 16) + ((pairs << 16) >> 16);
+}
+// Of panel output r: two lanes of the vector that holds it.
+SIMD_INLINE int32_t sum_of_output(const I4* sums, int r) {
+  return sums[r / 2][r % 2 * 2] + sums[r / 2][r % 2 * 2 + 1];
+}
+
+// Two products of bytes (at most 128 * 127 each) fit 16 bits; more are added in 32.
+void dot_int8(float* acc, const uint8_t* panel, const Matrix& w, const Activations& x, int row) {
+  const int groups = w.num_groups();
+  const uint16_t* scales = reinterpret_cast<const uint16_t*>(panel + w.cols * kPanelRows);
+  const int8_t* inputs = x.quants + static_cast<int64_t>(row) * w.cols;
+  for (int g = 0; g < groups; ++g) {
+    I4 sums[8] = {};
+    for (int quad = 0; quad < 8; quad += 2, panel += 128, inputs += 8) {
+      const Words8 first = quad_twice(inputs), second = quad_twice(inputs + 4);
+      for (int v = 0; v < 8; ++v) {
+        sums[v] += add_pairs(widen(panel + 8 * v) * first + widen(panel + 64 + 8 * v) * second);
+      }
+    }
+    const float input_scale = x.scales[static_cast<int64_t>(row) * groups + g];
+    for (int r = 0; r < kPanelRows; ++r) {
+      const float scale = float_from_half(scales[g * kPanelRows + r]);
+      acc[r] += static_cast<float>(sum_of_output(sums, r)) * (input_scale * scale);
+    }
+  }
+}
+
+// Eight products of a nibble (at most 15) and a byte fit 16 bits.
+void dot_int4(float* acc, const uint8_t* panel, const Matrix& w, const Activations& x, int row) {
+  const int groups = w.num_groups();
+  const uint16_t* scales = reinterpret_cast<const uint16_t*>(panel + w.cols * kPanelRows / 2);
+  const uint16_t* mins = scales + groups * kPanelRows;
+  const int8_t* inputs = x.quants + static_cast<int64_t>(row) * w.cols;
+  for (int g = 0; g < groups; ++g, inputs += kGroupSize) {
+    Words8 words[8] = {};
+    for (int quad = 0; quad < 4; ++quad, panel += 64) {
+      const Words8 low = quad_twice(inputs + 4 * quad), high = quad_twice(inputs + 4 * quad + 16);
+      for (int v = 0; v < 8; ++v) {
+        const Words8 pair = widen(panel + 8 * v);
+        words[v] += (pair & 15) * low + (pair >> 4 & 15) * high;
+      }
+    }
+    I4 sums[8];
+    for (int v = 0; v < 8; ++v) sums[v] = add_pairs(words[v]);
+    const int64_t group = static_cast<int64_t>(row) * groups + g;
+    const int32_t offset = w.has_min ? 0 : 8 * x.sums[group];
+    for (int r = 0; r < kPanelRows; ++r) {
+      const int32_t dot = sum_of_output(sums, r) - offset;
+      const float scale = float_from_half(scales[g * kPanelRows + r]);
+      acc[r] += static_cast<float>(dot) * (x.scales[group] * scale);
+      if (w.has_min) acc[r] += float_from_half(mins[g * kPanelRows + r]) * x.scaled_sums[group];
+    }
+  }
+}
+
+template <void (*Dot)(float*, const uint8_t*, const Matrix&, const Activations&, int)>
+void matmul(const Matrix& w, int panel_begin, int panel_end, const Activations& x, int row_begin,
+            int row_end, const Output& out) {
+  for (int panel = panel_begin; panel < panel_end; ++panel) {
+    for (int row = row_begin; row < row_end; ++row) {
+      float acc[kPanelRows] = {};
+      Dot(acc, w.panel(panel), w, x, row);
+      store_panel(out, w, panel, row, acc);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace portable
+
+const KernelTable kPortableKernels = {
+    "portable",
+    [] { return true; },
+    {portable::matmul<portable::dot_fp32>, portable::matmul<portable::dot_bf16>,
+     portable::matmul<portable::dot_int8>, portable::matmul<portable::dot_int4>},
+    portable::rms_norm,
+    portable::quantize,
+    portable::swiglu,
+    portable::rotate,
+    portable::bf16_from_float,
+    portable::attention,
+    portable::max_finite,
+    portable::exp_double,
+};
+
+}  // namespace furiosa

@@ -1,0 +1,137 @@
+#include "matrix.h"
+
+#include <cstring>
+#include <string>
+
+#include "failure.h"
+
+namespace furiosa {
+
+namespace {
+
+std::string shape_text(int rows, int cols) {
+  return std::to_string(rows) + " x " + std::to_string(cols);
+}
+
+Failure wrong(const char* name, const std::string& why) {
+  return Failure{kInvalidArtifact, std::string("tensor ") + name + ": " + why};
+}
+
+void check_shape(const FsTensor& tensor, const char* name, int rows, int cols) {
+  if (tensor.data == nullptr) throw wrong(name, "is missing");
+  if (tensor.rows != rows || tensor.cols != cols) {
+    throw wrong(name, "is " + shape_text(tensor.rows, tensor.cols) + " but the model needs " +
+                          shape_text(rows, cols));
+  }
+}
+
+size_t panel_bytes(const FsTensor& tensor) {
+  const size_t cols = static_cast<size_t>(tensor.cols), groups = cols / kGroupSize;
+  switch (tensor.dtype) {
+    case kFp32: return cols * kPanelRows * 4;
+    case kBf16: return cols * kPanelRows * 2;
+    case kInt8: return cols * kPanelRows + groups * kPanelRows * 2;
+    default: return cols * kPanelRows / 2 + groups * kPanelRows * (tensor.has_min ? 4 : 2);
+  }
+}
+
+}  // namespace
+
+Matrix matrix_from(const FsTensor& tensor, const char* name, int rows, int cols) {
+  check_shape(tensor, name, rows, cols);
+  if (tensor.dtype < kFp32 || tensor.dtype > kInt4) throw wrong(name, "has an unknown dtype");
+  const int multiple = tensor.dtype == kFp32 ? 1 : tensor.dtype == kBf16 ? 2 : kGroupSize;
+  if (cols % multiple != 0) {
+    throw wrong(name, "has " + std::to_string(cols) + " columns, not a multiple of " +
+                          std::to_string(multiple));
+  }
+  if (reinterpret_cast<uintptr_t>(tensor.data) % 64 != 0) {
+    throw wrong(name, "does not start at a multiple of 64 bytes");
+  }
+  Matrix matrix;
+  matrix.data = static_cast<const uint8_t*>(tensor.data);
+  matrix.dtype = static_cast<FsDtype>(tensor.dtype);
+  matrix.has_min = tensor.has_min != 0;
+  matrix.rows = rows;
+  matrix.cols = cols;
+  matrix.num_panels = (rows + kPanelRows - 1) / kPanelRows;
+  matrix.panel_stride = (panel_bytes(tensor) + 63) / 64 * 64;
+  // The padding after the last panel need not be there.
+  const size_t needed =
+      matrix.panel_stride * static_cast<size_t>(matrix.num_panels - 1) + panel_bytes(tensor);
+  if (static_cast<size_t>(tensor.nbytes) < needed) {
+    throw wrong(name, "has " + std::to_string(tensor.nbytes) + " bytes but its shape needs " +
+                          std::to_string(needed));
+  }
+  return matrix;
+}
+
+const float* vector_from(const FsTensor& tensor, const char* name, int cols) {
+  check_shape(tensor, name, 1, cols);
+  if (static_cast<size_t>(tensor.nbytes) < static_cast<size_t>(cols) * sizeof(float)) {
+    throw wrong(name, "is shorter than its shape");
+  }
+  return static_cast<const float*>(tensor.data);
+}
+
+float float_from_half(uint16_t half) noexcept {
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
+  const uint32_t exponent = (half >> 10) & 31, mantissa = half & 1023;
+  float value;
+  if (exponent == 0) {
+    value = static_cast<float>(mantissa) * 0x1p-24f;  // zero and subnormals
+    return sign != 0 ? -value : value;
+  }
+  const uint32_t wide = exponent == 31 ? 255 : exponent + 112;
+  const uint32_t bits = sign | wide << 23 | mantissa << 13;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+void unpack_row(const Matrix& matrix, int row, float* out) noexcept {
+  const uint8_t* panel = matrix.panel(row / kPanelRows);
+  const int lane = row % kPanelRows, cols = matrix.cols, groups = matrix.num_groups();
+  switch (matrix.dtype) {
+    case kFp32: {
+      const float* values = reinterpret_cast<const float*>(panel) + lane;
+      for (int k = 0; k < cols; ++k) out[k] = values[k * kPanelRows];
+      return;
+    }
+    case kBf16: {
+      const uint16_t* values = reinterpret_cast<const uint16_t*>(panel) + lane * 2;
+      for (int k = 0; k < cols; ++k) {
+        const uint32_t bits = static_cast<uint32_t>(values[k / 2 * 32 + k % 2]) << 16;
+        std::memcpy(&out[k], &bits, 4);
+      }
+      return;
+    }
+    case kInt8: {
+      const uint16_t* scales = reinterpret_cast<const uint16_t*>(panel + cols * kPanelRows);
+      for (int g = 0; g < groups; ++g) {
+        const float scale = float_from_half(scales[g * kPanelRows + lane]);
+        for (int i = 0; i < kGroupSize; ++i) {
+          const uint8_t byte = panel[g * 512 + i / 4 * 64 + lane * 4 + i % 4];
+          out[g * kGroupSize + i] = scale * static_cast<float>(static_cast<int8_t>(byte));
+        }
+      }
+      return;
+    }
+    case kInt4: {
+      const uint16_t* scales = reinterpret_cast<const uint16_t*>(panel + cols * kPanelRows / 2);
+      const uint16_t* mins = scales + groups * kPanelRows;
+      for (int g = 0; g < groups; ++g) {
+        const float scale = float_from_half(scales[g * kPanelRows + lane]);
+        const float min = matrix.has_min ? float_from_half(mins[g * kPanelRows + lane]) : 0.0f;
+        const int offset = matrix.has_min ? 0 : 8;
+        for (int i = 0; i < kGroupSize; ++i) {
+          const uint8_t byte = panel[g * 256 + i % 16 / 4 * 64 + lane * 4 + i % 4];
+          const int quant = (i < 16 ? byte & 15 : byte >> 4) - offset;
+          out[g * kGroupSize + i] = scale * static_cast<float>(quant) + min;
+        }
+      }
+      return;
+    }
+  }
+}
+
+}  // namespace furiosa

@@ -1,0 +1,39 @@
+// A packed weight matrix, y = x * W^T, as docs/artifact-format.md lays it out.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "api.h"
+
+namespace furiosa {
+
+constexpr int kPanelRows = 16;
+constexpr int kGroupSize = 32;  // inputs that share a scale, in int8 and int4
+
+struct Matrix {
+  const uint8_t* data = nullptr;
+  FsDtype dtype = kFp32;
+  bool has_min = false;
+  int rows = 0, cols = 0;
+  int num_panels = 0;
+  size_t panel_stride = 0;  // bytes from one panel to the next
+
+  const uint8_t* panel(int index) const { return data + panel_stride * static_cast<size_t>(index); }
+  bool is_quantized() const { return dtype == kInt8 || dtype == kInt4; }
+  int num_groups() const { return cols / kGroupSize; }
+};
+
+// Checks the tensor against its shape. Throws Failure(kInvalidArtifact) that names `name`.
+Matrix matrix_from(const FsTensor& tensor, const char* name, int rows, int cols);
+
+// The same for a plain float32 vector.
+const float* vector_from(const FsTensor& tensor, const char* name, int cols);
+
+// out (cols,) = row `row` of the matrix, as float32.
+void unpack_row(const Matrix& matrix, int row, float* out) noexcept;
+
+// IEEE half to float32, exact.
+float float_from_half(uint16_t half) noexcept;
+
+}  // namespace furiosa

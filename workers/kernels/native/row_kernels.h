@@ -1,0 +1,158 @@
+// Kernels over one row of floats, written on F8 and compiled once per family.
+//
+// Order of sums: eight lanes, lane l taking elements l, l + 8, ... from left to right, then the
+// lanes in the order of `sum`; a row that is no multiple of 8 is completed with zeros. One row's
+// bits therefore depend on that row alone.
+// Included inside the family's namespace, after its simd_*.h.
+
+// exp(x) to 2 units in the last place for x <= 88; exactly 0 below -87.
+// Source: Cephes expf: x = n ln 2 + r, a polynomial in r, times 2^n.
+SIMD_INLINE F8 exp(F8 x) {
+  const F8 clamped = max(x, splat(-87.0f));
+  const F8 n = round(mul(clamped, splat(1.44269504088896341f)));
+  F8 r = fma(n, splat(-0.693359375f), clamped);
+  r = fma(n, splat(2.12194440e-4f), r);
+  F8 y = splat(1.9875691500e-4f);
+  y = fma(y, r, splat(1.3981999507e-3f));
+  y = fma(y, r, splat(8.3334519073e-3f));
+  y = fma(y, r, splat(4.1665795894e-2f));
+  y = fma(y, r, splat(1.6666665459e-1f));
+  y = fma(y, r, splat(5.0000001201e-1f));
+  y = add(fma(y, mul(r, r), r), splat(1.0f));
+  return zero_below(mul(y, exp2_integral(n)), x, -87.0f);
+}
+
+// The last n % 8 elements, completed with `fill`.
+SIMD_INLINE F8 load_tail(const float* x, int count, float fill = 0.0f) {
+  float lanes[8] = {fill, fill, fill, fill, fill, fill, fill, fill};
+  for (int i = 0; i < count; ++i) lanes[i] = x[i];
+  return load(lanes);
+}
+SIMD_INLINE void store_tail(float* y, F8 x, int count) {
+  float lanes[8];
+  store(lanes, x);
+  for (int i = 0; i < count; ++i) y[i] = lanes[i];
+}
+
+// y = x / sqrt(mean(x^2) + eps) * weight; y may be x.
+void rms_norm(float* y, const float* x, const float* weight, int cols, float eps) {
+  const int whole = cols & ~7;
+  F8 squares = splat(0.0f);
+  for (int i = 0; i < whole; i += 8) squares = fma(load(x + i), load(x + i), squares);
+  if (whole < cols) {
+    const F8 tail = load_tail(x + whole, cols - whole);
+    squares = fma(tail, tail, squares);
+  }
+  const F8 factor = splat(1.0f / std::sqrt(sum(squares) / static_cast<float>(cols) + eps));
+  for (int i = 0; i < whole; i += 8) {
+    store(y + i, mul(mul(load(x + i), factor), load(weight + i)));
+  }
+  if (whole < cols) {
+    const F8 tail = mul(load_tail(x + whole, cols - whole), factor);
+    store_tail(y + whole, mul(tail, load_tail(weight + whole, cols - whole)), cols - whole);
+  }
+}
+
+// y = gate * sigmoid(gate) * up; y may be gate.
+SIMD_INLINE F8 swiglu8(F8 gate, F8 up) {
+  const F8 exp_minus = exp(sub(splat(0.0f), max(gate, splat(-87.0f))));
+  return mul(div(gate, add(splat(1.0f), exp_minus)), up);
+}
+void swiglu(float* y, const float* gate, const float* up, int n) {
+  const int whole = n & ~7;
+  for (int i = 0; i < whole; i += 8) store(y + i, swiglu8(load(gate + i), load(up + i)));
+  if (whole < n) {
+    const F8 last = swiglu8(load_tail(gate + whole, n - whole), load_tail(up + whole, n - whole));
+    store_tail(y + whole, last, n - whole);
+  }
+}
+
+// Rotates the pairs (i, i + head_dim / 2): the half-split convention of Llama checkpoints.
+// Source: Su et al. 2021, "RoFormer".
+void rotate(float* head, const float* cos, const float* sin, int head_dim) {
+  const int half = head_dim / 2;
+  for (int i = 0; i < half; ++i) {
+    const float a = head[i], b = head[i + half];
+    head[i] = a * cos[i] - b * sin[i];
+    head[i + half] = b * cos[i] + a * sin[i];
+  }
+}
+
+void quantize(const Activations& x, int row) {
+  const int groups = x.cols / kGroupSize;
+  const float* values = x.values + static_cast<int64_t>(row) * x.cols;
+  int8_t* quants = x.quants + static_cast<int64_t>(row) * x.cols;
+  const int64_t first = static_cast<int64_t>(row) * groups;
+  for (int g = 0; g < groups; ++g, values += kGroupSize, quants += kGroupSize) {
+    const F8 left = max(abs(load(values)), abs(load(values + 8)));
+    const F8 right = max(abs(load(values + 16)), abs(load(values + 24)));
+    const float scale = max_lane(max(left, right)) / 127.0f;
+    int32_t total = 0;
+    if (scale == 0.0f) {
+      std::memset(quants, 0, kGroupSize);
+    } else {
+      total = quantize_group(quants, values, scale);
+    }
+    x.scales[first + g] = scale;
+    x.sums[first + g] = total;
+    x.scaled_sums[first + g] = scale * static_cast<float>(total);
+  }
+}
+
+// Rounded half to even; NaN stays NaN.
+void bf16_from_float(uint16_t* y, const float* x, int n) {
+  for (int i = 0; i < n; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, x + i, 4);
+    const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+    const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+    y[i] = static_cast<uint16_t>(is_nan ? (bits >> 16 | 0x40u) : rounded);
+  }
+}
+
+float max_finite(const float* x, int n) {
+  const int whole = n & ~7;
+  F8 largest = splat(-INFINITY), poison = splat(0.0f);  // x * 0 is NaN for NaN and infinity
+  for (int i = 0; i < whole; i += 8) {
+    largest = max(largest, load(x + i));
+    poison = fma(load(x + i), splat(0.0f), poison);
+  }
+  if (whole < n) {
+    const F8 tail = load_tail(x + whole, n - whole, x[whole]);
+    largest = max(largest, tail);
+    poison = fma(tail, splat(0.0f), poison);
+  }
+  return sum(poison) == 0.0f ? max_lane(largest) : NAN;
+}
+
+// Four doubles in whatever registers the family has.
+typedef double D4 __attribute__((vector_size(32)));
+typedef int64_t L4 __attribute__((vector_size(32)));
+
+// x = n ln 2 + r with |r| <= ln 2 / 2, then the Taylor series of e^r to r^13 (error below 2^-53).
+void exp_double(double* y, const float* x, int n, double shift, double temperature) {
+  constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer
+  constexpr double kInverseFactorials[] = {1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800,
+                                           1.0 / 3628800,    1.0 / 362880,    1.0 / 40320,
+                                           1.0 / 5040,       1.0 / 720,       1.0 / 120,
+                                           1.0 / 24,         1.0 / 6,         0.5,
+                                           1.0,              1.0};
+  for (int i = 0; i < n; i += 4) {
+    const int count = n - i < 4 ? n - i : 4;
+    D4 exact = {};
+    for (int l = 0; l < count; ++l) exact[l] = x[i + l];
+    exact = (exact - shift) / temperature;
+    const L4 is_tiny = exact < -700.0;
+    const D4 z = (D4)((L4)exact & ~is_tiny);
+    const D4 shifted = z * 1.4426950408889634 + kMagic;
+    const D4 whole = shifted - kMagic;
+    const D4 r = (z - whole * 0.693147180369123816490) - whole * 1.90821492927058770002e-10;
+    D4 series = D4{} + kInverseFactorials[0];
+#pragma GCC unroll 13
+    for (int k = 1; k < 14; ++k) series = series * r + kInverseFactorials[k];
+    // The low bits of `shifted` are the integer; moved up and biased they are 2^n.
+    const D4 power = (D4)(((L4)shifted << 52) + 0x3ff0000000000000);
+    const D4 result = (D4)((L4)(series * power) & ~is_tiny);
+    for (int l = 0; l < count; ++l) y[i + l] = result[l];
+  }
+}

@@ -1,0 +1,156 @@
+"""Packed matrices for the numpy executor, unpacked once at load.
+
+Both kinds give each row of a product the same bits however many rows are multiplied with it and
+however many threads the BLAS library has. BLAS alone promises neither: its choice of kernel, and
+so its order of sums, depends on the shapes. Here the shapes are fixed (`FloatMatrix`) or the sums
+are exact (`QuantizedMatrix`).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from furiosa_llm.workers.artifact.artifact import Tensor
+from furiosa_llm.workers.artifact.packing import unpack_matrix, unpack_quantized
+from furiosa_llm.workers.artifact.quantize import GROUP
+from furiosa_llm.workers.executor import Float32, Int32
+
+# One BLAS call multiplies (TILE_ROWS, at most MAX_COLS) by (PANEL_ROWS, the same) transposed. That
+# is small enough for OpenBLAS to stay on one thread (8 * 16 * 2048 multiplications is its bound).
+TILE_ROWS = 8
+PANEL_ROWS = 16
+MAX_COLS = 2048
+
+
+class Matrix(Protocol):
+    """W, of `rows` outputs and `cols` inputs."""
+
+    def product(self, x: Float32) -> Float32:
+        """x (n, cols) times W transposed: (n, rows) float32, a new array."""
+        ...
+
+    def take_rows(self, ids: Int32) -> Float32:
+        """Rows of W, dequantised: (n, cols) float32, a new array. For embeddings."""
+        ...
+
+
+def load_matrix(tensor: Tensor) -> Matrix:
+    """The matrix that an artifact's tensor holds, in whichever of the four weight types."""
+    if tensor.dtype in ("int8", "int4"):
+        return QuantizedMatrix(tensor)
+    return FloatMatrix(
+        unpack_matrix(tensor.data, tensor.rows, tensor.cols, tensor.dtype, tensor.has_min)
+    )
+
+
+class FloatMatrix:
+    """float32 weights and activations, multiplied in tiles of one fixed shape.
+
+    A tile is padded with zero rows. That a row's result does not depend on its place in the tile
+    is how BLAS kernels are made, but nowhere promised; so it is checked at load, and where it does
+    not hold the tile has one row only.
+    """
+
+    def __init__(self, weights: Float32) -> None:
+        rows, cols = weights.shape
+        num_panels = -(-rows // PANEL_ROWS)
+        padded = np.zeros((num_panels * PANEL_ROWS, cols), np.float32)
+        padded[:rows] = weights
+        self._rows = rows
+        self._panels = padded.reshape(num_panels, PANEL_ROWS, cols)
+        self._tile_rows = TILE_ROWS if self._is_place_irrelevant() else 1
+
+    def product(self, x: Float32) -> Float32:
+        y = np.empty((len(x), self._rows), np.float32)
+        tile = np.zeros((self._tile_rows, x.shape[1]), np.float32)
+        for start in range(0, len(x), self._tile_rows):
+            chunk = x[start : start + self._tile_rows]
+            tile[: len(chunk)] = chunk  # what is left of the last tile is not used
+            y[start : start + len(chunk)] = self._tile_product(tile)[: len(chunk)]
+        return y
+
+    def take_rows(self, ids: Int32) -> Float32:
+        rows: Float32 = self._panels.reshape(-1, self._panels.shape[2])[ids]
+        return rows
+
+    def _tile_product(self, tile: Float32) -> Float32:
+        """(tile rows, rows). Columns beyond MAX_COLS are added piece by piece, left to right."""
+        total = None
+        for start in range(0, tile.shape[1], MAX_COLS):
+            cols = slice(start, start + MAX_COLS)
+            part = np.matmul(tile[:, cols], self._panels[:, :, cols].transpose(0, 2, 1))
+            total = part if total is None else total + part
+        assert total is not None
+        y: Float32 = total.transpose(1, 0, 2).reshape(len(tile), -1)[:, : self._rows]
+        return y
+
+    def _is_place_irrelevant(self) -> bool:
+        row = np.random.default_rng(0).standard_normal(self._panels.shape[2], np.float32)
+        y = self._tile_product(np.tile(row, (TILE_ROWS, 1)))
+        return bool((y == y[0]).all())
+
+
+class QuantizedMatrix:
+    """Groups of 32 small integers times activations quantised the same way.
+
+    y = sum over the groups, left to right, of (sum of q_w * q_x) * (scale_w * scale_x), and with
+    mins also of min_w * (scale_x * sum of q_x); in float32. The inner sums stay below
+    32 * 128 * 127 < 2^24, so float32 holds them exactly and BLAS may add in any order.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        blocks = unpack_quantized(
+            tensor.data, tensor.rows, tensor.cols, tensor.dtype, tensor.has_min
+        )
+        self._blocks = blocks
+        q = blocks.q.reshape(tensor.rows, -1, GROUP).transpose(1, 0, 2).astype(np.float32)
+        if blocks.dtype == "int4" and blocks.mins is None:
+            q -= 8
+        self._q = np.ascontiguousarray(q)  # (groups, rows, 32)
+        self._scales = _by_group(blocks.scales)  # (groups, rows, 1)
+        self._mins = None if blocks.mins is None else _by_group(blocks.mins)
+
+    def product(self, x: Float32) -> Float32:
+        # Tiles only bound the memory that the inner sums take.
+        tiles = [self._tile_product(x[i : i + TILE_ROWS]) for i in range(0, len(x), TILE_ROWS)]
+        return np.concatenate(tiles) if tiles else np.empty((0, self._q.shape[1]), np.float32)
+
+    def take_rows(self, ids: Int32) -> Float32:
+        q = self._q[:, ids] * self._scales[:, ids]
+        if self._mins is not None:
+            q += self._mins[:, ids]
+        return q.transpose(1, 0, 2).reshape(len(ids), -1)
+
+    def _tile_product(self, x: Float32) -> Float32:
+        q, scales = quantize_activations(x)
+        dots = np.matmul(self._q, q.transpose(1, 2, 0))  # (groups, rows, n)
+        total = np.zeros(dots.shape[1:], np.float32)
+        for group in range(len(dots)):
+            scale_x = scales[:, group]
+            total += dots[group] * (self._scales[group] * scale_x)
+            if self._mins is not None:
+                total += self._mins[group] * (scale_x * q[:, group].sum(axis=1))
+        return np.ascontiguousarray(total.T)
+
+
+def quantize_activations(x: Float32) -> tuple[Float32, Float32]:
+    """Quantise each row in groups of 32: scale = max|x| / 127, q = x / scale, half to even.
+
+    Args:
+        x: (n, cols) float32, cols a multiple of 32.
+    Returns: q (n, groups, 32), whole numbers of -127 .. 127 held as float32; scales (n, groups)
+        float32, 0 for a group of zeros.
+    """
+    groups = x.reshape(len(x), x.shape[1] // GROUP, GROUP)
+    scales = np.abs(groups).max(axis=2) / np.float32(127)
+    wide = scales[:, :, None]
+    q = np.rint(np.divide(groups, wide, out=np.zeros_like(groups), where=wide > 0))
+    return q, scales
+
+
+def _by_group(values: NDArray[np.float16]) -> Float32:
+    """(rows, groups) as (groups, rows, 1) float32."""
+    return np.ascontiguousarray(values.T).astype(np.float32)[:, :, None]
