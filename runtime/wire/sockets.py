@@ -44,12 +44,8 @@ def runtime_directory() -> Path:
 
     Raises: FuriosaLLMError saying what is wrong with each of them.
     """
-    private_name = f"furiosa-serve-{os.getuid()}"
-    candidates = [Path(tempfile.gettempdir()) / private_name, Path("/tmp") / private_name]
-    if xdg := os.environ.get("XDG_RUNTIME_DIR"):
-        candidates.insert(0, Path(xdg) / "furiosa-serve")
     problems = []
-    for path in candidates:
+    for path in _candidates():
         problem = _claim(path)
         if not problem:
             return path
@@ -58,6 +54,13 @@ def runtime_directory() -> Path:
         "no directory for sockets: " + "; ".join(problems) + ": set XDG_RUNTIME_DIR to a short "
         "path of a directory that only you can enter"
     )
+
+
+def _candidates() -> list[Path]:
+    private_name = f"furiosa-serve-{os.getuid()}"
+    temporary = [Path(tempfile.gettempdir()) / private_name, Path("/tmp") / private_name]
+    xdg = os.environ.get("XDG_RUNTIME_DIR")
+    return [Path(xdg) / "furiosa-serve", *temporary] if xdg else temporary
 
 
 def _claim(path: Path) -> str:
@@ -124,7 +127,11 @@ def bind_router(context: zmq.Context[S], endpoint: str) -> S:
     router.setsockopt(zmq.LINGER, 0)
     router.setsockopt(zmq.ROUTER_MANDATORY, 1)
     router.setsockopt(zmq.ROUTER_HANDOVER, 1)
-    router.bind(endpoint)
+    try:
+        router.bind(endpoint)
+    except zmq.ZMQError:
+        router.close()
+        raise
     return router
 
 

@@ -1,0 +1,173 @@
+"""LLMEngine: requests are added, and `step` collects what they produce."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from queue import Empty, SimpleQueue
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from furiosa_llm.engine.core import EngineCore
+from furiosa_llm.engine.request import Request
+from furiosa_llm.engine.settings import EngineSettings, resolve_settings
+from furiosa_llm.errors import FuriosaLLMError
+from furiosa_llm.outputs import RequestOutput
+from furiosa_llm.sampling_params import SamplingParams
+from furiosa_llm.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from furiosa_llm.args import EngineArgs
+    from furiosa_llm.engine.llm import LLM
+    from furiosa_llm.workers.artifact.build import Progress
+
+Item = RequestOutput | FuriosaLLMError
+
+
+class _SharedSink:
+    """Puts one request's items, with its id, into the queue of all."""
+
+    def __init__(self, request_id: str, queue: SimpleQueue[tuple[str, Item]]) -> None:
+        self._request_id = request_id
+        self._queue = queue
+
+    def put(self, item: Item) -> None:
+        self._queue.put((self._request_id, item))
+
+
+class LLMEngine:
+    """Runs requests on worker processes; use `from_engine_args` to make one.
+
+    Work goes on between calls of `step`. For one thread; a request's id may be used again when its
+    last output has been returned.
+    """
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self._settings = settings
+        self._core = EngineCore(settings)
+        self._items: SimpleQueue[tuple[str, Item]] = SimpleQueue()
+        self._unfinished: dict[str, Request] = {}
+        self._held_error: FuriosaLLMError | None = None  # raised by the next step
+
+    @classmethod
+    def from_engine_args(cls, args: EngineArgs, *, progress: Progress | None = None) -> Self:
+        """See `AsyncLLMEngine.from_engine_args`."""
+        return cls(resolve_settings(args, progress))
+
+    @classmethod
+    def from_llm(cls, llm: LLM) -> Self:
+        """An engine of its own with the arguments of `llm`."""
+        return cls.from_engine_args(llm.engine_args)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self._settings.inputs.tokenizer
+
+    @property
+    def isa(self) -> str:
+        """The kernel family the workers run."""
+        return self._core.isa
+
+    @property
+    def weights(self) -> str:
+        """The type of the weights: fp32, bf16, int8 or int4."""
+        return self._settings.weights
+
+    @property
+    def generation_defaults(self) -> dict[str, object]:
+        """The sampling defaults that came with the checkpoint."""
+        return self._settings.generation
+
+    @property
+    def worker_pids(self) -> list[int | None]:
+        """The workers' process ids; None for one that is down."""
+        return self._core.worker_pids
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: Any,
+        sampling_params: SamplingParams | None = None,
+        *,
+        add_special_tokens: bool = True,
+    ) -> None:
+        """Queue a request; see `AsyncLLMEngine.generate` for its parts and errors."""
+        inputs = self._settings.inputs
+        inputs.check_request_id(request_id)
+        params = inputs.check_params(sampling_params)
+        checked = inputs.prompt_of(prompt, add_special_tokens=add_special_tokens)
+        request = Request(
+            request_id=request_id,
+            prompt=checked.text,
+            prompt_token_ids=checked.token_ids,
+            params=params,
+            sequence_params=inputs.sequence_params(request_id, len(checked.token_ids), params),
+            tokenizer=inputs.tokenizer,
+            sink=_SharedSink(request_id, self._items),
+        )
+        self._core.submit(request)
+        self._unfinished[request_id] = request
+
+    def abort_request(self, request_id: str | Iterable[str]) -> None:
+        """End these requests; `step` returns a last output with the finish reason "abort"."""
+        self._core.abort([request_id] if isinstance(request_id, str) else request_id)
+
+    def drop_requests(self) -> None:
+        """End everything unfinished and return none of it."""
+        for request in self._unfinished.values():
+            self._core.drop(request)
+        self._unfinished.clear()
+        self._items = SimpleQueue()
+
+    def has_unfinished_requests(self) -> bool:
+        """Whether `step` has anything to return or to wait for."""
+        return bool(self._unfinished) or self._held_error is not None
+
+    def step(self) -> list[RequestOutput]:
+        """Everything new, at least one output; waits for it. [] when no request is unfinished.
+
+        Raises: a request's own error, after the outputs that came before it were returned.
+        """
+        outputs: list[RequestOutput] = []
+        if self._held_error is not None:
+            error, self._held_error = self._held_error, None
+            raise error
+        while self._unfinished:
+            try:
+                request_id, item = self._items.get(block=not outputs)
+            except Empty:
+                break
+            if isinstance(item, FuriosaLLMError):
+                self._unfinished.pop(request_id, None)
+                if not outputs:
+                    raise item
+                self._held_error = item
+                break
+            if item.finished:
+                self._unfinished.pop(request_id, None)
+            outputs.append(item)
+        return outputs
+
+    def check_health(self) -> None:
+        """Return if all workers that are up answer.
+
+        Raises: EngineShutDownError, WorkerDiedError.
+        """
+        self._core.check_health()
+
+    def shutdown(self) -> None:
+        """End all requests and workers, and wait for that; idempotent."""
+        self._core.shutdown()
+        if self._settings.model.temporary is not None:
+            self._settings.model.temporary.cleanup()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.shutdown()

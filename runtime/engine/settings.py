@@ -1,0 +1,189 @@
+"""From engine arguments to small frozen values, one per consumer."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from furiosa_llm.devices import parse_devices
+from furiosa_llm.engine.inputs import InputProcessor
+from furiosa_llm.errors import InvalidRequestError
+from furiosa_llm.groups import form_groups
+from furiosa_llm.text.tokenizer import Tokenizer
+from furiosa_llm.topology import discover_topology
+from furiosa_llm.wire.messages import Configure
+from furiosa_llm.workers.artifact.artifact import Artifact
+from furiosa_llm.workers.artifact.build import Progress
+from furiosa_llm.workers.artifact.memory import available_memory_bytes
+from furiosa_llm.workers.artifact.resolve import ResolvedModel, resolve_model
+
+if TYPE_CHECKING:
+    from furiosa_llm.args import EngineArgs
+
+DEFAULT_MAX_NUM_SEQS = 256
+DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
+OFFLINE_MAX_NUM_BATCHED_TOKENS = 8192
+DEFAULT_QUEUE_LIMIT = 2
+DEFAULT_MAX_PROCESSING_SAMPLES = 65536
+DEFAULT_SPARE_BLOCKS_RATIO = 0.2
+OFFLINE_SPARE_BLOCKS_RATIO = 0.0
+MAX_WAITING_SEQUENCES = 65536
+"""Beyond what all workers may hold, this many wait in the front-end; more is refused."""
+
+KV_SHARE_OF_AVAILABLE = 0.4
+"""Of the memory that is available, at most this goes to the KV pools of all workers together."""
+
+_KV_BYTES = {"fp32": 4, "bf16": 2}
+
+MOCK_SPEED_VARIABLE = "FURIOSA_SERVE_MOCK_TOKENS_PER_S"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """What the front-end needs to run: the model's facts, and how each worker is configured."""
+
+    model: ResolvedModel  # owns the artifact's directory where that is temporary
+    inputs: InputProcessor
+    weights: str  # the artifact's weight type
+    generation: dict[str, object]  # the checkpoint's own sampling defaults
+    workers: tuple[Configure, ...]  # epoch 1; the endpoint is filled in by the core
+    max_processing_samples: int
+    max_waiting: int
+
+
+def resolve_settings(args: EngineArgs, progress: Progress | None = None) -> EngineSettings:
+    """Find or build the model, divide the devices, and size the KV pools.
+
+    Raises: DeviceError, ArtifactError, InvalidRequestError; nothing has been started then.
+    """
+    entries = None if args.devices is None else parse_devices(args.devices)
+    groups = form_groups(
+        entries,
+        discover_topology(),
+        data_parallel_size=args.data_parallel_size,
+        tensor_parallel_size=args.tensor_parallel_size,
+    )
+    cache_dir = None if args.cache_dir is None else Path(args.cache_dir)
+    model = resolve_model(args.model, cache_dir=cache_dir, weights=args.weights, progress=progress)
+    artifact = Artifact.open(model.path)
+    config = artifact.config
+    is_offline = bool(args.is_offline)
+    kv_cache_dtype = args.kv_cache_dtype
+    if kv_cache_dtype == "auto":
+        kv_cache_dtype = "fp32" if artifact.weights == "fp32" else "bf16"
+    max_model_len = _max_model_len(args.max_model_len, config.max_model_len)
+    max_num_seqs = args.max_num_seqs or DEFAULT_MAX_NUM_SEQS
+    block_bytes = config.kv_bytes_per_token(_KV_BYTES[kv_cache_dtype]) * args.block_size
+    num_blocks = _num_blocks(args, block_bytes, max_num_seqs, max_model_len, len(groups))
+    max_model_len = _fit_to_pool(args, max_model_len, num_blocks)
+    template = Configure(
+        worker_id=0,
+        epoch=1,
+        endpoint="ipc://to-be-bound",
+        artifact_path=str(model.path.resolve()),
+        backend=args.backend or _default_backend(),
+        cpus=(),
+        kv_cache_dtype=kv_cache_dtype,
+        num_blocks=num_blocks,
+        block_size=args.block_size,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=args.max_num_batched_tokens
+        or (OFFLINE_MAX_NUM_BATCHED_TOKENS if is_offline else DEFAULT_MAX_NUM_BATCHED_TOKENS),
+        max_processing_samples=args.max_processing_samples or DEFAULT_MAX_PROCESSING_SAMPLES,
+        npu_queue_limit=args.npu_queue_limit or DEFAULT_QUEUE_LIMIT,
+        spare_blocks_ratio=_spare_blocks_ratio(args.spare_blocks_ratio, is_offline),
+        is_offline=is_offline,
+        packing_type=args.packing_type,
+        vocab_size=config.vocab_size,
+        mock_tokens_per_s=float(os.environ.get(MOCK_SPEED_VARIABLE) or 0),
+    )
+    return EngineSettings(
+        model=model,
+        inputs=InputProcessor(
+            tokenizer=Tokenizer.from_directory(
+                args.tokenizer or artifact.tokenizer_dir, args.tokenizer_mode
+            ),
+            vocab_size=config.vocab_size,
+            max_model_len=max_model_len,
+            eos_token_ids=artifact.eos_token_ids,
+            engine_seed=args.seed,
+        ),
+        weights=artifact.weights,
+        generation=dict(artifact.generation),
+        workers=tuple(
+            replace(template, worker_id=index, cpus=group.cpus)
+            for index, group in enumerate(groups)
+        ),
+        max_processing_samples=template.max_processing_samples,
+        max_waiting=MAX_WAITING_SEQUENCES,
+    )
+
+
+def _max_model_len(asked: int | None, model_max: int) -> int:
+    if asked is not None and asked > model_max:
+        raise InvalidRequestError(
+            f"--max-model-len: {asked} is more than the {model_max} positions the model was made "
+            f"for: use at most {model_max}",
+            param="max_model_len",
+        )
+    return asked or model_max
+
+
+def _num_blocks(
+    args: EngineArgs, block_bytes: int, max_num_seqs: int, max_model_len: int, num_workers: int
+) -> int:
+    """Blocks of one worker's pool: as asked for, else what its load can use, else what there is."""
+    if args.paged_attention_num_blocks is not None:
+        return args.paged_attention_num_blocks
+    if args.kv_cache_memory is not None:
+        num_blocks = args.kv_cache_memory // block_bytes
+        if num_blocks == 0:
+            raise InvalidRequestError(
+                f"--kv-cache-memory: {args.kv_cache_memory} bytes hold no block of {block_bytes} "
+                f"bytes ({args.block_size} tokens): give at least {block_bytes}",
+                param="kv_cache_memory",
+            )
+        return num_blocks
+    usable = max_num_seqs * -(-max_model_len // args.block_size)
+    available = available_memory_bytes()
+    if available is None:
+        return usable
+    return max(1, min(usable, int(available * KV_SHARE_OF_AVAILABLE / num_workers) // block_bytes))
+
+
+def _fit_to_pool(args: EngineArgs, max_model_len: int, num_blocks: int) -> int:
+    """The longest context that the pool holds; refused where the caller asked for more."""
+    num_tokens = num_blocks * args.block_size
+    if num_tokens >= max_model_len:
+        return max_model_len
+    if args.max_model_len is not None:
+        raise InvalidRequestError(
+            f"--max-model-len: {max_model_len} tokens need {-(-max_model_len // args.block_size)} "
+            f"KV blocks of {args.block_size} tokens but a worker has {num_blocks}: lower it to "
+            f"{num_tokens} or give more blocks or memory",
+            param="max_model_len",
+        )
+    _log.warning("the KV pool holds %d tokens: the context is cut to that", num_tokens)
+    return num_tokens
+
+
+def _spare_blocks_ratio(asked: float | None, is_offline: bool) -> float:
+    if asked is not None:
+        return asked
+    return OFFLINE_SPARE_BLOCKS_RATIO if is_offline else DEFAULT_SPARE_BLOCKS_RATIO
+
+
+def _default_backend() -> str:
+    """native where its library was built, else numpy, and it says so."""
+    from importlib.util import find_spec
+
+    if find_spec("furiosa_llm.workers.kernels._native") is not None:
+        return "native"
+    _log.warning("the native kernel was not built: running the slow numpy backend")
+    return "numpy"

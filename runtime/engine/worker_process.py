@@ -1,0 +1,75 @@
+"""One worker process, seen from its parent: start, death, and what it wrote before it died."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from typing import IO
+
+from furiosa_llm.wire.messages import Configure
+from furiosa_llm.wire.pipe import pack_configure
+from furiosa_llm.wire.sockets import worker_identity
+
+_TAIL_BYTES = 2000
+
+
+class WorkerProcess:
+    """A running `python -m furiosa_llm.workers`.
+
+    It lives at most as long as this process does: its standard input is a pipe that only we hold,
+    and it leaves when that closes. It is a fresh interpreter, never a fork: forking a process that
+    has threads and sockets copies their locks in whatever state they are.
+    """
+
+    def __init__(self, configure: Configure) -> None:
+        self.configure = configure
+        self.identity = worker_identity(configure.worker_id, configure.epoch)
+        self.is_ready = False
+        self.next_seq = 0
+        self.start_error: Exception | None = None  # what its StartFailed said
+        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `reap`
+        command = [sys.executable, "-m", "furiosa_llm.workers"]
+        # For a reader of `ps`; the worker itself is configured over the pipe.
+        command += [f"--worker={configure.worker_id}", f"--epoch={configure.epoch}"]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=self._log, stderr=self._log
+        )
+        self.pid_fd = os.pidfd_open(self._process.pid)
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # it is dead already: the pid_fd tells
+            self._process.stdin.write(pack_configure(configure))
+            self._process.stdin.flush()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def kill(self) -> None:
+        """SIGKILL; `pid_fd` becomes readable when it is gone."""
+        self._process.kill()
+
+    def reap(self, timeout_s: float | None = None) -> str:
+        """Wait for the process's end, free what it holds, and say how it ended.
+
+        Killed when it has not ended within `timeout_s`.
+        """
+        assert self._process.stdin is not None
+        with suppress(OSError):
+            self._process.stdin.close()
+        try:
+            code = self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            code = self._process.wait()
+        os.close(self.pid_fd)
+        self._log.seek(0, os.SEEK_END)
+        self._log.seek(max(0, self._log.tell() - _TAIL_BYTES))
+        tail = self._log.read().decode(errors="replace").strip()
+        self._log.close()
+        how = f"was ended by signal {-code}" if code < 0 else f"exited with code {code}"
+        return f"worker {self.configure.worker_id} (pid {self.pid}) {how}" + (
+            f"; its last words: {tail}" if tail else ""
+        )

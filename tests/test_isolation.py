@@ -1,0 +1,91 @@
+"""A worker's death: nobody else notices, and its own requests end with the same tokens."""
+
+import asyncio
+import os
+
+import pytest
+from engines import async_engine, collect, ids_of, kill
+from tiny_models import tiny_artifact
+
+from furiosa_llm import SamplingParams
+from furiosa_llm.errors import WorkerDiedError
+
+PROMPTS = [{"prompt_token_ids": [3 + i, 20 + i, 50 + i]} for i in range(4)]
+GREEDY = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+SEEDED = SamplingParams(temperature=1.0, seed=11, max_tokens=40, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_artifact(tmp_path_factory.mktemp("model")).path
+
+
+@pytest.fixture(autouse=True)
+def topology(monkeypatch):
+    monkeypatch.setenv("FURIOSA_SERVE_TOPOLOGY", "4x2")
+
+
+async def run_all(engine, params, *, do=None):
+    """The tokens of every prompt; `do()` is called when the first request has ten of them."""
+    runs = [
+        collect(engine, prompt, params, at=10 if do and i == 0 else None, do=do)
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    return [ids_of(outputs) for outputs in await asyncio.gather(*runs)]
+
+
+@pytest.mark.parametrize("params", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+@pytest.mark.parametrize("backend", ["mock", "native"])
+async def test_killed_workers_requests_end_with_the_same_tokens(
+    model, monkeypatch, backend, params
+):
+    async with async_engine(model, backend=backend) as engine:
+        undisturbed = await run_all(engine, params)
+    monkeypatch.setenv("FURIOSA_SERVE_MOCK_TOKENS_PER_S", "400")  # slow enough to be killed amid
+    async with async_engine(model, backend=backend, devices="npu:0:0,npu:1:0") as engine:
+        before = engine.worker_pids
+        for victim in (0, 1):  # whichever ran the first request was one of them
+            pid = engine.worker_pids[victim]
+            assert await run_all(engine, params, do=lambda pid=pid: kill(pid)) == undisturbed
+            assert await run_all(engine, params) == undisturbed
+        await engine.check_health()
+        after = engine.worker_pids
+        assert None not in after
+        assert not set(before) & set(after)
+
+
+async def test_the_only_worker_dies_and_is_replaced(model, monkeypatch):
+    monkeypatch.setenv("FURIOSA_SERVE_MOCK_TOKENS_PER_S", "400")
+    async with async_engine(model) as engine:
+        undisturbed = await run_all(engine, GREEDY)
+        (pid,) = engine.worker_pids
+        assert await run_all(engine, GREEDY, do=lambda: kill(pid)) == undisturbed
+
+
+async def test_a_request_that_was_in_two_crashes_is_not_tried_again(model, monkeypatch):
+    monkeypatch.setenv("FURIOSA_SERVE_MOCK_TOKENS_PER_S", "100")
+    async with async_engine(model) as engine:
+        killed = set()
+
+        async def run_poison():
+            async for _ in engine.generate(PROMPTS[0], GREEDY, "poison"):
+                killed.update(pid for pid in engine.worker_pids if pid is not None)
+                for pid in engine.worker_pids:
+                    kill(pid)
+
+        with pytest.raises(WorkerDiedError, match=r"'poison'.*2 workers"):
+            await run_poison()
+        assert len(killed) == 2
+        assert len(ids_of(await collect(engine, PROMPTS[0], GREEDY))) == 40
+
+
+def test_workers_end_with_their_engine(model):
+    async def run():
+        engine = async_engine(model, devices="npu:0:0,npu:1:0")
+        pids = engine.worker_pids
+        await engine.shutdown()
+        return pids
+
+    pids = asyncio.run(run())
+    assert len(pids) == 2
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
