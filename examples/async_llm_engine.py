@@ -14,10 +14,10 @@ import time
 from furiosa_llm import AsyncEngineArgs, AsyncLLMEngine, SamplingParams
 
 QUESTIONS = [
-    "What is the capital of France?",
-    "Why is the sky blue? Answer in two sentences.",
-    "Write a short poem about the sea.",
-    "What is the difference between a process and a thread?",
+    "What is photosynthesis?",
+    "Give me three tips for staying healthy.",
+    "Why do we have seasons?",
+    "Explain what a computer program is.",
 ]
 
 

@@ -112,18 +112,18 @@ async def test_closing_the_generator_frees_what_the_request_held(model):
 async def test_abort_gives_the_reader_a_last_output(monkeypatch, model):
     monkeypatch.setenv("FURIOSA_SERVE_MOCK_TOKENS_PER_S", "200")
     async with async_engine(model) as engine:
-        stream = engine.generate(PROMPT, params(max_tokens=400), "doomed")
+        stream = engine.generate(PROMPT, params(max_tokens=240), "doomed")
         outputs = [await anext(stream)]
         await engine.abort("doomed")
         await engine.abort("nobody")
         outputs += [output async for output in stream]
     assert outputs[-1].finished
     assert outputs[-1].outputs[0].finish_reason == "abort"
-    assert len(outputs[-1].outputs[0].token_ids) < 400
+    assert len(outputs[-1].outputs[0].token_ids) < 240
 
 
 async def test_a_live_id_is_refused_and_a_finished_one_is_free(engine):
-    stream = engine.generate(PROMPT, params(max_tokens=400), "same")
+    stream = engine.generate(PROMPT, params(max_tokens=240), "same")
     await anext(stream)
     with pytest.raises(DuplicateRequestError, match="'same'"):
         await collect(engine, PROMPT, params(), "same")
@@ -188,7 +188,7 @@ async def test_health_and_the_end(model):
     engine = async_engine(model)
     (pid,) = engine.worker_pids
     await engine.check_health()
-    stream = engine.generate(PROMPT, params(max_tokens=400), "cut")
+    stream = engine.generate(PROMPT, params(max_tokens=240), "cut")
     await anext(stream)
     await engine.shutdown()
     with pytest.raises(EngineShutDownError):
@@ -232,7 +232,7 @@ def test_llm_engine_steps_until_nothing_is_unfinished(model):
 def test_llm_engine_abort_takes_one_id_or_several(model):
     with llm_engine(model) as engine:
         for name in "abc":
-            engine.add_request(name, PROMPT, params(max_tokens=800, output_kind=2))
+            engine.add_request(name, PROMPT, params(max_tokens=240, output_kind=2))
         engine.abort_request("a")
         engine.abort_request(["b", "c", "nobody"])
         reasons = {}

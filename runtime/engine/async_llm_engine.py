@@ -111,6 +111,11 @@ class AsyncLLMEngine:
         """The workers' process ids; None for one that is down."""
         return self._core.worker_pids
 
+    @property
+    def num_preemptions(self) -> int:
+        """How often a running sequence had to make room, in the workers that are up."""
+        return self._core.num_preemptions
+
     async def generate(
         self, prompt: Any, sampling_params: SamplingParams | None, request_id: str
     ) -> AsyncGenerator[RequestOutput, None]:

@@ -91,7 +91,7 @@ class EngineCore:
         self._nonces = itertools.count(1)
         self._pings: dict[int, tuple[set[int], threading.Event]] = {}  # who still has to answer
         self.isa = ""
-        self.worker_stats: dict[int, Tokens] = {}  # the last step of each worker
+        self._last_step: dict[int, Tokens] = {}  # what each worker that is up said last
 
         self._lock = threading.Lock()  # guards what follows: callers and the thread share it
         self._live: dict[str, Request] = {}
@@ -120,6 +120,11 @@ class EngineCore:
     def worker_pids(self) -> list[int | None]:
         """Process ids by worker id; None for one that is down."""
         return [None if worker is None else worker.pid for worker in self._workers]
+
+    @property
+    def num_preemptions(self) -> int:
+        """Over all workers that are up, since each of them started."""
+        return sum(stats.num_preemptions for stats in list(self._last_step.values()))
 
     def submit(self, request: Request) -> None:
         """Queue a request; its sink gets all that follows.
@@ -153,6 +158,7 @@ class EngineCore:
     def drop(self, request: Request) -> None:
         """End a request that nobody reads any more; nothing if it has ended."""
         if not request.is_over:
+            self._forget(request)  # at once: its id is free when this returns
             self._call(lambda: self._end(request))
 
     def check_health(self, timeout_s: float = 10.0) -> None:
@@ -285,8 +291,8 @@ class EngineCore:
             self._release(unfinished)
             for choice in unfinished:
                 choice.abort()
-            request.put_output(unfinished)
             self._forget(request)
+            request.put_output(unfinished)
 
     def _end(self, request: Request, error: FuriosaLLMError | None = None) -> None:
         """Stop what still runs of a request, and forget it; its reader gets the error, if any."""
@@ -294,9 +300,9 @@ class EngineCore:
             return
         self._release([c for c in request.choices if c.finish_reason is None])
         request.is_over = True
+        self._forget(request)
         if error is not None:
             request.put_error(error)
-        self._forget(request)
 
     def _forget(self, request: Request) -> None:
         with self._lock:
@@ -328,9 +334,9 @@ class EngineCore:
                 self._ended_by = error
             live = list(self._live.values())
         for request in live:
+            self._forget(request)
             if not request.is_over:
                 request.put_error(error)
-            self._forget(request)
         self._choices.clear()
 
     # --- messages ---------------------------------------------------------------------------------
@@ -393,7 +399,7 @@ class EngineCore:
                     answered.set()
 
     def _take_tokens(self, message: Tokens) -> None:
-        self.worker_stats[message.worker_id] = message
+        self._last_step[message.worker_id] = message
         logprobs = dict(message.logprobs)
         # A request with several choices in one step yields one output for them all.
         changed: dict[Request, list[Choice]] = {}
@@ -414,9 +420,9 @@ class EngineCore:
             else:
                 self._router.progress(sequence_id, 1)
         for request, choices in changed.items():
-            request.put_output(choices)
             if request.is_finished:
-                self._forget(request)
+                self._forget(request)  # before its reader hears of it and uses its id again
+            request.put_output(choices)
         for sequence_id in freed:
             self._dispatch(self._router.finish(sequence_id))
         if stopped:
@@ -457,6 +463,7 @@ class EngineCore:
         self._poller.unregister(worker.pid_fd)
         cause = worker.reap()
         self._workers[worker_id] = None
+        self._last_step.pop(worker_id, None)
         if not self._started.is_set():
             self._fail_start(worker.start_error or WorkerStartError(f"{cause}"))
             return

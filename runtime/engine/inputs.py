@@ -10,7 +10,7 @@ from typing import Any
 
 from furiosa_llm.checks import shown
 from furiosa_llm.errors import ContextLengthError, InvalidRequestError
-from furiosa_llm.sampling_params import SamplingParams
+from furiosa_llm.sampling_params import SamplingParams, SamplingType
 from furiosa_llm.scheduler.params import SequenceParams
 from furiosa_llm.text.tokenizer import Tokenizer
 
@@ -123,6 +123,8 @@ class InputProcessor:
     def _seed(self, request_id: str, params: SamplingParams) -> int:
         if params.seed is not None:
             return params.seed & _SEED_MASK
+        if params.sampling_type is SamplingType.GREEDY:
+            return 0  # nothing is drawn
         if self.engine_seed is None:
             return secrets.randbits(64)
         text = f"{self.engine_seed}/{request_id}".encode(errors="surrogatepass")
