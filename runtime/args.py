@@ -113,7 +113,7 @@ class EngineArgs:
 
     @staticmethod
     def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        """Add the flags to `parser`, which is returned. A bad value ends in argparse's own error."""
+        """Add the flags to `parser`, which is returned. A bad value is argparse's own error."""
         ours = parser.add_argument_group("furiosa-serve")
         for name, row in _FIELDS.items():
             (ours if row.is_ours else parser).add_argument(_flag(name), **_argument(name, row))

@@ -24,7 +24,7 @@ def refuse(name: str, message: str) -> InvalidRequestError:
 
 
 def shown(value: object) -> str:
-    """`value` for a message: short, and never an error of its own (Python won't print huge ints)."""
+    """`value` for a message: short, and never an error (Python refuses to print huge ints)."""
     try:
         text = repr(value)
     except Exception:
@@ -47,7 +47,7 @@ def check_int(name: str, value: Any, *, low: int, high: int = MAX_INT32) -> int:
 def check_number(
     name: str, value: Any, *, low: float, high: float, above: bool = False, below: bool = False
 ) -> float:
-    """A finite number within [low, high], as a float; `above`/`below` leave out the bound itself."""
+    """A finite number within [low, high], as a float; `above`/`below` leave out a bound itself."""
     if (
         isinstance(value, numbers.Real)
         and not isinstance(value, bool)

@@ -52,7 +52,8 @@ class DeviceEntry:
             return False
         if self.first is None or other.first is None:
             return True
-        assert self.last is not None and other.last is not None
+        assert self.last is not None
+        assert other.last is not None
         return self.first <= other.last and other.first <= self.last
 
     def __str__(self) -> str:
@@ -100,8 +101,8 @@ def _parse_entry(text: str, spec: object) -> DeviceEntry:
     card, _, first, last = match.groups()
     if first is None:
         return DeviceEntry(int(card))
-    entry = DeviceEntry(int(card), int(first), int(first if last is None else last))
-    _check_range(text, int(first), int(first if last is None else last))
+    entry = DeviceEntry(int(card), int(first), int(last or first))
+    _check_range(text, int(first), int(last or first))
     return entry
 
 

@@ -128,7 +128,8 @@ class SamplingParams:
         self._set("n", check_int("n", self.n, low=1, high=MAX_N))
         self._set("best_of", _check_best_of(self.best_of, self.n))
         self._set(
-            "temperature", check_number("temperature", self.temperature, low=0, high=MAX_TEMPERATURE)
+            "temperature",
+            check_number("temperature", self.temperature, low=0, high=MAX_TEMPERATURE),
         )
         self._set("top_p", check_number("top_p", self.top_p, low=0, high=1, above=True))
         self._set("top_k", check_int("top_k", self.top_k, low=-1) or -1)
@@ -154,14 +155,12 @@ class SamplingParams:
 
     @classmethod
     def from_optional(cls, **given: Any) -> Self:
-        """As the constructor, with None for "the default" except in `max_tokens`, where it counts."""
+        """As the constructor, with None for the default, except that `max_tokens` None counts."""
         return cls(**{k: v for k, v in given.items() if v is not None or k == "max_tokens"})
 
     @property
     def sampling_type(self) -> SamplingType:
-        return (
-            SamplingType.GREEDY if self.temperature < GREEDY_TEMPERATURE else SamplingType.RANDOM
-        )
+        return SamplingType.GREEDY if self.temperature < GREEDY_TEMPERATURE else SamplingType.RANDOM
 
     def clone(self) -> Self:
         """An equal value of its own. Use `dataclasses.replace` to get one that differs."""

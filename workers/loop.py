@@ -132,11 +132,16 @@ class WorkerLoop:
                     for sequence_id in message.sequence_ids:
                         self._scheduler.abort(sequence_id)
                 case Ping():
+                    self._acknowledge(added)  # a Pong says that all before the Ping is done
                     self._send(Pong, nonce=message.nonce)
                 case Shutdown():
                     self._is_stopping = True
+        self._acknowledge(added)
+
+    def _acknowledge(self, added: list[int]) -> None:
         if added:
             self._send(Added, sequence_ids=tuple(added))
+            added.clear()
 
     def _add(self, add: Add, added: list[int]) -> None:
         """Hand the sequence to the scheduler and note it in `added`, or answer why not."""

@@ -324,8 +324,7 @@ class EngineCore:
             worker = self._workers[worker_id]
             if worker is not None:
                 self._send(worker, Abort(tuple(sequence_ids)))
-        for choice in choices:
-            self._dispatch(self._router.finish(choice.sequence_id))
+        self._dispatch(self._router.finish(*(choice.sequence_id for choice in choices)))
 
     def _fail(self, error: FuriosaLLMError) -> None:
         """Take no more requests, and fail those that run."""
@@ -423,10 +422,8 @@ class EngineCore:
             if request.is_finished:
                 self._forget(request)  # before its reader hears of it and uses its id again
             request.put_output(choices)
-        for sequence_id in freed:
-            self._dispatch(self._router.finish(sequence_id))
-        if stopped:
-            self._release(stopped)
+        self._release(stopped)
+        self._dispatch(self._router.finish(*freed))
 
     def _send(self, worker: WorkerProcess, message: ToWorker) -> None:
         try:

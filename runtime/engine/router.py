@@ -86,13 +86,18 @@ class Router:
         replica.num_tokens_of[sequence_id] += num_tokens
         replica.num_tokens += num_tokens
 
-    def finish(self, sequence_id: int) -> list[Dispatch]:
-        """The sequence has ended, wherever it was; idempotent. Its room goes to who waits."""
-        self._waiting.pop(sequence_id, None)
-        worker_id = self._worker_of.pop(sequence_id, None)
-        if worker_id is not None:
-            replica = self._up[worker_id]
-            replica.num_tokens -= replica.num_tokens_of.pop(sequence_id)
+    def finish(self, *sequence_ids: int) -> list[Dispatch]:
+        """The sequences have ended, wherever they were; idempotent. Their room goes to who waits.
+
+        What ends together must be finished in one call: of two calls, the first could dispatch a
+        sequence that the second is about to end.
+        """
+        for sequence_id in sequence_ids:
+            self._waiting.pop(sequence_id, None)
+            worker_id = self._worker_of.pop(sequence_id, None)
+            if worker_id is not None:
+                replica = self._up[worker_id]
+                replica.num_tokens -= replica.num_tokens_of.pop(sequence_id)
         return self._dispatch()
 
     def _dispatch(self) -> list[Dispatch]:

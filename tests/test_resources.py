@@ -1,0 +1,61 @@
+"""What an engine costs: one copy of the weights for all workers, and nothing while it is idle."""
+
+import asyncio
+import os
+import threading
+from pathlib import Path
+
+import pytest
+from engines import async_engine, collect
+
+from furiosa_llm import SamplingParams
+
+MIB = 2**20
+IDLE_S = 10.0
+ALLOWED_BESIDE_KV = 60 * MIB
+
+
+def pss(pid):
+    """Bytes of memory of a process, what it shares divided by those who share it."""
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("the kernel does not tell the PSS")
+
+
+def cpu_ticks(pid):
+    """User and system time of a process and all its threads, in clock ticks."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+async def pss_after_use(model, devices, num_workers):
+    """Summed PSS of the workers once all of them have run something."""
+    async with async_engine(model, backend="native", devices=devices) as engine:
+        prompt = {"prompt_token_ids": list(range(3, 40))}
+        params = SamplingParams(temperature=0.0, max_tokens=8)
+        await asyncio.gather(*(collect(engine, prompt, params) for _ in range(2 * num_workers)))
+        return sum(pss(pid) for pid in engine.worker_pids)
+
+
+@pytest.mark.slow
+async def test_two_workers_hold_one_copy_of_the_weights(smollm2_artifact, monkeypatch):
+    monkeypatch.setenv("FURIOSA_SERVE_TOPOLOGY", "2x1")
+    artifact = smollm2_artifact("fp32")  # 500 MB: a second copy could not hide
+    kv_bytes = 256 * 16 * artifact.config.kv_bytes_per_token(4)
+    one = await pss_after_use(artifact.path, "npu:0:0", 1)
+    two = await pss_after_use(artifact.path, "npu:0:0,npu:1:0", 2)
+    assert one > artifact.weights_nbytes * 0.9  # the figure does count the mapped weights
+    assert two <= one + kv_bytes + ALLOWED_BESIDE_KV
+
+
+@pytest.mark.slow
+async def test_an_idle_engine_uses_no_cpu(smollm2_artifact):
+    async with async_engine(smollm2_artifact("auto").path, backend="native") as engine:
+        await collect(engine, "The sea", SamplingParams(temperature=0.0, max_tokens=4))
+        pids = [os.getpid(), *engine.worker_pids]
+        before = [cpu_ticks(pid) for pid in pids]
+        # The event loop would wake for nothing else, so this thread may as well be blocked.
+        threading.Event().wait(IDLE_S)
+        used = [cpu_ticks(pid) - ticks for pid, ticks in zip(pids, before, strict=True)]
+    assert max(used) <= 1  # a tick is 10 ms; one may be the rounding of what came before
