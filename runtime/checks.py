@@ -35,8 +35,8 @@ def shown(value: object) -> str:
 def check_int(name: str, value: Any, *, low: int, high: int = MAX_INT32) -> int:
     """An integer within [low, high]; bools and floats are none, numpy's integers are."""
     if (
-        isinstance(value, numbers.Integral)
-        and not isinstance(value, bool)
+        not isinstance(value, bool)
+        and isinstance(value, numbers.Integral)
         and low <= value.__index__() <= high
     ):
         return int(value)
@@ -49,9 +49,9 @@ def check_number(
 ) -> float:
     """A finite number within [low, high], as a float; `above`/`below` leave out a bound itself."""
     if (
-        isinstance(value, numbers.Real)
-        and not isinstance(value, bool)
-        and low <= value <= high  # false for NaN
+        not isinstance(value, bool)
+        and isinstance(value, numbers.Real)
+        and low <= float(value) <= high  # false for NaN
         and not (above and value == low)
         and not (below and value == high)
     ):

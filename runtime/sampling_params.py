@@ -126,7 +126,8 @@ class SamplingParams:
             _check_unsupported(name, getattr(self, name), default)
             self._set(name, default)  # 0 for 0.0 or False: one form, so that equal means the same
         self._set("n", check_int("n", self.n, low=1, high=MAX_N))
-        self._set("best_of", _check_best_of(self.best_of, self.n))
+        _check_best_of(self.best_of, self.n)
+        self._set("best_of", None)
         self._set(
             "temperature",
             check_number("temperature", self.temperature, low=0, high=MAX_TEMPERATURE),

@@ -12,6 +12,7 @@ the dead epoch that comes later is dropped, so no token is lost, repeated or cha
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import logging
 import math
@@ -39,6 +40,7 @@ from furiosa_llm.errors import (
     WorkerDiedError,
     WorkerStartError,
     from_wire,
+    to_wire,
 )
 from furiosa_llm.wire.codec import decode_from_worker, encode
 from furiosa_llm.wire.errors import WireError
@@ -60,8 +62,15 @@ from furiosa_llm.wire.messages import (
 )
 from furiosa_llm.wire.sockets import bind_router, new_endpoint, remove_endpoint
 
+MAX_DISPATCHED = 4096
+"""Sequences sent to one worker at most, however many it may hold: far more than fit in a step, and
+few enough that all their messages fit in its socket's queue even while it is busy with a step."""
+
 START_TIMEOUT_S = 600.0
 """A worker that says nothing for so long is taken for stuck: mapping a model takes far less."""
+
+LAST_WORDS_TIMEOUT_S = 0.5
+"""How long to wait for the message in which a worker that has left said why it could not start."""
 
 SEND_TIMEOUT_S = 5.0
 """A worker whose queue of thousands of messages stays full for so long is killed."""
@@ -79,11 +88,14 @@ class EngineCore:
     """
 
     def __init__(self, settings: EngineSettings) -> None:
+        self._model = settings.model
         self._configures = settings.workers
         self._max_sequences = (
             len(settings.workers) * settings.max_processing_samples + settings.max_waiting
         )
-        self._router = Router(max_sequences_per_worker=settings.max_processing_samples)
+        self._router = Router(
+            max_sequences_per_worker=min(settings.max_processing_samples, MAX_DISPATCHED)
+        )
         self._policies = [RestartPolicy() for _ in settings.workers]
         self._workers: list[WorkerProcess | None] = [None] * len(settings.workers)
         self._choices: dict[int, Choice] = {}  # by sequence id, while unfinished
@@ -102,17 +114,20 @@ class EngineCore:
         # What only the thread uses from here on; it makes the socket, for sockets keep to a thread.
         self._router_socket: zmq.Socket[Any]
         self._poller = zmq.Poller()
-        self._start_deadline_s = time.monotonic() + START_TIMEOUT_S
         self._is_stopping = False
         self._started = threading.Event()
         self._start_error: FuriosaLLMError | None = None
         self._wakeup_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._thread = threading.Thread(target=self._run, name="furiosa-engine", daemon=True)
         self._thread.start()
-        self._started.wait()
-        if self._start_error is not None:
-            self._thread.join()
-            raise self._start_error
+        try:
+            self._started.wait()
+            if self._start_error is not None:
+                raise self._start_error
+        except BaseException:  # Ctrl-C, too: nothing is left behind
+            self.shutdown()
+            raise
+        atexit.register(self.shutdown)
 
     # --- for callers ------------------------------------------------------------------------------
 
@@ -133,8 +148,7 @@ class EngineCore:
         """
         num_sequences = len(request.sequence_params)
         with self._lock:
-            if self._ended_by is not None:
-                raise self._ended_by
+            self._refuse_if_ended()
             if request.request_id in self._live:
                 raise DuplicateRequestError(
                     f"request_id {request.request_id!r} already exist in the engine: use another, "
@@ -167,14 +181,12 @@ class EngineCore:
         Raises: EngineShutDownError, WorkerDiedError.
         """
         with self._lock:
-            if self._ended_by is not None:
-                raise self._ended_by
+            self._refuse_if_ended()
         answered = threading.Event()
         self._call(lambda: self._ping(answered))
         if not answered.wait(timeout_s):
             with self._lock:
-                if self._ended_by is not None:
-                    raise self._ended_by
+                self._refuse_if_ended()
             raise WorkerDiedError(f"a worker has not answered within {timeout_s:g} s")
 
     def shutdown(self) -> None:
@@ -184,9 +196,15 @@ class EngineCore:
                 self._ended_by = EngineShutDownError(
                     "the engine was shut down: make a new one to go on"
                 )
-        if self._thread.is_alive():
-            self._call(self._stop)
-            self._thread.join()
+        self._call(self._stop)
+        self._thread.join()
+        atexit.unregister(self.shutdown)
+        if self._model.temporary is not None:
+            self._model.temporary.cleanup()
+
+    def _refuse_if_ended(self) -> None:
+        if self._ended_by is not None:  # a new error each time: raising one adds to its traceback
+            raise from_wire(*to_wire(self._ended_by))
 
     def _call(self, command: Callable[[], None]) -> None:
         self._commands.append(command)
@@ -242,13 +260,19 @@ class EngineCore:
         now_s = time.monotonic()
         for worker_id, policy in enumerate(self._policies):
             self._obey(worker_id, policy.tick(now_s))
-        if not self._started.is_set() and now_s > self._start_deadline_s:
-            self._fail_start(WorkerStartError(f"no worker was ready within {START_TIMEOUT_S:g} s"))
+        for worker in self._workers:
+            if worker is not None and not worker.is_ready and now_s > worker.start_deadline_s:
+                worker.start_error = WorkerStartError(
+                    f"worker {worker.configure.worker_id} was not ready within {START_TIMEOUT_S:g} s"
+                )
+                worker.start_deadline_s = math.inf
+                worker.kill()
 
-    def _sleep_ms(self) -> float | None:
+    def _sleep_ms(self) -> int | None:
         due_s = min(policy.due_s for policy in self._policies)
-        if not self._started.is_set():
-            due_s = min(due_s, self._start_deadline_s)
+        for worker in self._workers:
+            if worker is not None and not worker.is_ready:
+                due_s = min(due_s, worker.start_deadline_s)
         if math.isinf(due_s):
             return None
         return math.ceil(max(0.0, due_s - time.monotonic()) * 1000)
@@ -450,13 +474,15 @@ class EngineCore:
     # --- processes --------------------------------------------------------------------------------
 
     def _start_worker(self, configure: Configure) -> None:
-        worker = WorkerProcess(configure)
+        worker = WorkerProcess(configure, start_deadline_s=time.monotonic() + START_TIMEOUT_S)
         self._workers[configure.worker_id] = worker
         self._poller.register(worker.pid_fd, zmq.POLLIN)
 
     def _worker_exited(self, worker: WorkerProcess) -> None:
         worker_id = worker.configure.worker_id
         self._receive()  # its last words: tokens, or why it could not start
+        if not worker.is_ready and worker.has_failed:
+            self._await_start_error(worker)
         self._poller.unregister(worker.pid_fd)
         cause = worker.reap()
         self._workers[worker_id] = None
@@ -470,6 +496,13 @@ class EngineCore:
             if worker_id in waiting:
                 del self._pings[nonce]
         self._obey(worker_id, self._policies[worker_id].exited(time.monotonic()))
+
+    def _await_start_error(self, worker: WorkerProcess) -> None:
+        """The process's end may be seen before the message it sent, which is on its way then."""
+        deadline_s = time.monotonic() + LAST_WORDS_TIMEOUT_S
+        while worker.start_error is None and (left_s := deadline_s - time.monotonic()) > 0:
+            if self._router_socket.poll(math.ceil(left_s * 1000)):
+                self._receive()
 
     def _orphaned(self, sequence_ids: list[int], cause: str) -> None:
         """Move the sequences of a dead worker, but for those that seem to have killed it."""
@@ -498,7 +531,11 @@ class EngineCore:
         for effect in effects:
             match effect:
                 case Start(epoch):
-                    self._start_worker(replace(self._configures[worker_id], epoch=epoch))
+                    try:
+                        self._start_worker(replace(self._configures[worker_id], epoch=epoch))
+                    except OSError as error:  # no memory, processes or descriptors left just now
+                        _log.error("worker %d cannot be started: %s", worker_id, error)
+                        self._obey(worker_id, self._policies[worker_id].exited(time.monotonic()))
                 case GiveUp(reason):
                     _log.error("worker %d is given up: %s", worker_id, reason)
                     if not any(self._workers) and all(math.isinf(p.due_s) for p in self._policies):

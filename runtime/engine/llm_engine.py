@@ -74,7 +74,7 @@ class LLMEngine:
         return self._settings.weights
 
     @property
-    def generation_defaults(self) -> dict[str, object]:
+    def generation_defaults(self) -> dict[str, Any]:
         """The sampling defaults that came with the checkpoint."""
         return self._settings.generation
 

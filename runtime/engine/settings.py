@@ -6,7 +6,7 @@ import logging
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from furiosa_llm.devices import parse_devices
 from furiosa_llm.engine.inputs import InputProcessor
@@ -50,7 +50,7 @@ class EngineSettings:
     model: ResolvedModel  # owns the artifact's directory where that is temporary
     inputs: InputProcessor
     weights: str  # the artifact's weight type
-    generation: dict[str, object]  # the checkpoint's own sampling defaults
+    generation: dict[str, Any]  # the checkpoint's own sampling defaults
     workers: tuple[Configure, ...]  # epoch 1; the endpoint is filled in by the core
     max_processing_samples: int
     max_waiting: int

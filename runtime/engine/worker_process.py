@@ -24,9 +24,10 @@ class WorkerProcess:
     has threads and sockets copies their locks in whatever state they are.
     """
 
-    def __init__(self, configure: Configure) -> None:
+    def __init__(self, configure: Configure, *, start_deadline_s: float) -> None:
         self.configure = configure
         self.identity = worker_identity(configure.worker_id, configure.epoch)
+        self.start_deadline_s = start_deadline_s  # on the monotonic clock; moot once it is ready
         self.is_ready = False
         self.next_seq = 0
         self.start_error: Exception | None = None  # what its StartFailed said
@@ -46,6 +47,11 @@ class WorkerProcess:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it has left by itself, with an error; not when a signal ended it."""
+        return (self._process.poll() or 0) > 0
 
     def kill(self) -> None:
         """SIGKILL; `pid_fd` becomes readable when it is gone."""
