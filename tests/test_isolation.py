@@ -1,14 +1,19 @@
 """A worker's death: nobody else notices, and its own requests end with the same tokens."""
 
 import asyncio
+import dataclasses
 import os
 
 import pytest
+import zmq
 from engines import async_engine, collect, ids_of, kill
 from tiny_models import tiny_artifact
 
 from furiosa_llm import SamplingParams
 from furiosa_llm.errors import WorkerDiedError
+from furiosa_llm.wire.codec import encode
+from furiosa_llm.wire.messages import StartFailed, Tokens
+from furiosa_llm.wire.sockets import connect_dealer, runtime_directory
 
 PROMPTS = [{"prompt_token_ids": [3 + i, 20 + i, 50 + i]} for i in range(4)]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
@@ -77,6 +82,31 @@ async def test_a_request_that_was_in_two_crashes_is_not_tried_again(model, monke
             await run_poison()
         assert len(killed) == 2
         assert len(ids_of(await collect(engine, PROMPTS[0], GREEDY))) == 40
+
+
+async def test_whatever_comes_over_the_socket_harms_nobody(model, caplog):
+    """Garbage, and real messages that pretend to be of the worker, of its past or of nobody."""
+    before = set(runtime_directory().glob("*.sock"))
+    async with async_engine(model) as engine:
+        (path,) = set(runtime_directory().glob("*.sock")) - before
+        tokens = Tokens(0, 1, 1, (1,), (5,), (1,), (), 0, 0, 0, 0)
+        forged = [
+            tokens,
+            dataclasses.replace(tokens, epoch=99),
+            dataclasses.replace(tokens, worker_id=7),
+            StartFailed(0, 1, 0, "internal_error", "no"),
+        ]
+        with zmq.Context() as context:
+            stranger = connect_dealer(context, f"ipc://{path}", 5, 5)
+            for data in [b"", b"\xff" * 100, b"\xc1", bytes(10_000), *map(encode, forged)]:
+                stranger.send(data)
+                stranger.send_multipart([data, data])
+            while "malformed" not in caplog.text:  # the stranger's connection takes its time
+                tokens = await collect(engine, PROMPTS[0], GREEDY)
+            await engine.check_health()
+            stranger.close()
+        assert len(ids_of(tokens)) == 40
+        assert ids_of(await collect(engine, PROMPTS[0], GREEDY)) == ids_of(tokens)
 
 
 def test_workers_end_with_their_engine(model):

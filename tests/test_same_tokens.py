@@ -49,8 +49,11 @@ def topology(monkeypatch):
     monkeypatch.setenv("FURIOSA_SERVE_TOPOLOGY", "4x2")
 
 
-@pytest.fixture(scope="module", params=["fp32", "int8", "int4"])
-def model(request, tmp_path_factory):
+@pytest.fixture(scope="module", params=["fp32", "int8", "int4", "smollm2"])
+def model(request, tmp_path_factory, smollm2_artifact):
+    """Three tiny models, and the real one with the weights it comes with (int4 and int8)."""
+    if request.param == "smollm2":
+        return smollm2_artifact("auto").path
     return tiny_artifact(tmp_path_factory.mktemp("model"), "qwen3", request.param).path
 
 
