@@ -79,7 +79,7 @@ class EngineArgs:
     npu_queue_limit: int | None = None
     """Steps queued on a worker's PEs at once."""
     max_processing_samples: int | None = None
-    """Sequences in work at once, all workers together."""
+    """Sequences that each worker may hold; more wait in the front-end."""
     spare_blocks_ratio: float | None = None
     """Share of the KV blocks kept free when a sequence is let in; from 0 to below 1."""
     is_offline: bool | None = None

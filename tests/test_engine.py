@@ -3,10 +3,13 @@
 import asyncio
 import dataclasses
 import os
+import subprocess
+import sys
+import tempfile
 
 import pytest
 from engines import async_engine, collect, ids_of, llm_engine
-from tiny_models import tiny_artifact
+from tiny_models import make_checkpoint, tiny_artifact
 
 from furiosa_llm import RequestOutputKind, SamplingParams
 from furiosa_llm.errors import (
@@ -122,6 +125,17 @@ async def test_abort_gives_the_reader_a_last_output(monkeypatch, model):
     assert len(outputs[-1].outputs[0].token_ids) < 240
 
 
+async def test_aborting_choices_that_run_and_choices_that_wait(model):
+    # There is room for one: when it is freed, the others must not be sent into it.
+    async with async_engine(model, max_processing_samples=1) as engine:
+        stream = engine.generate(PROMPT, params(max_tokens=240, n=3), "doomed")
+        await anext(stream)
+        await engine.abort("doomed")
+        outputs = [output async for output in stream]
+        assert {choice.finish_reason for choice in outputs[-1].outputs} == {"abort"}
+        assert len(ids_of(await collect(engine, PROMPT, params()))) == 12
+
+
 async def test_a_live_id_is_refused_and_a_finished_one_is_free(engine):
     stream = engine.generate(PROMPT, params(max_tokens=240), "same")
     await anext(stream)
@@ -142,6 +156,8 @@ async def test_a_live_id_is_refused_and_a_finished_one_is_free(engine):
         pytest.param({"prompt_token_ids": [10**6]}, "a", "1000000", id="id out of vocabulary"),
         pytest.param({"prompt_token_ids": [-1]}, "a", "-1", id="negative id"),
         pytest.param({"prompt_token_ids": ["x"]}, "a", "'x'", id="not an id"),
+        pytest.param({"prompt_token_ids": [True]}, "a", "True", id="a bool"),
+        pytest.param({"prompt_token_ids": b"ab"}, "a", "b'ab'", id="bytes"),
         pytest.param({"prompt_token_ids": 5}, "a", "list of integers", id="not a list"),
         pytest.param("x", 5, "request_id", id="id of another type"),
         pytest.param("x", "", "request_id", id="empty id"),
@@ -212,6 +228,47 @@ def test_a_worker_that_cannot_start_says_why(model, monkeypatch):
     monkeypatch.setenv("FURIOSA_SERVE_ISA", "nonsense")
     with pytest.raises(InvalidRequestError, match="nonsense"):
         async_engine(model, backend="native")
+
+
+def test_a_failed_start_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setenv("FURIOSA_SERVE_ISA", "nonsense")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    (tmp_path / "tmp").mkdir()
+    checkpoint = make_checkpoint(tmp_path / "checkpoint")
+    with pytest.raises(InvalidRequestError, match="nonsense"):
+        async_engine(checkpoint, backend="native", cache_dir=None)
+    assert [path for path in (tmp_path / "tmp").rglob("*") if not path.is_dir()] == []
+    assert list((tmp_path / "tmp").glob("furiosa-serve-*/*")) == []
+
+
+PROGRAM = """
+import sys
+from furiosa_llm import LLM, SamplingParams
+llm = LLM(sys.argv[1], backend="mock", devices="cpu", cache_dir=None)
+print(len(llm.generate("hello", SamplingParams(max_tokens=3, ignore_eos=True)).outputs), flush=True)
+print(*llm.engine.worker_pids)
+"""
+
+
+def test_a_program_that_never_shuts_down_leaves_nothing_behind(tmp_path):
+    (tmp_path / "run").mkdir(mode=0o700)
+    (tmp_path / "tmp").mkdir()
+    checkpoint = make_checkpoint(tmp_path / "checkpoint")
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", PROGRAM, str(checkpoint)],
+        env=os.environ
+        | {"XDG_RUNTIME_DIR": str(tmp_path / "run"), "TMPDIR": str(tmp_path / "tmp")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    num_outputs, pid = done.stdout.split()
+    assert num_outputs == "1"
+    assert not os.path.exists(f"/proc/{pid}")
+    assert list((tmp_path / "run" / "furiosa-serve").iterdir()) == []
+    assert list((tmp_path / "tmp").iterdir()) == []
 
 
 def test_llm_engine_steps_until_nothing_is_unfinished(model):

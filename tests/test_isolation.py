@@ -10,7 +10,8 @@ from engines import async_engine, collect, ids_of, kill
 from tiny_models import tiny_artifact
 
 from furiosa_llm import SamplingParams
-from furiosa_llm.errors import WorkerDiedError
+from furiosa_llm.engine.request import Choice
+from furiosa_llm.errors import FuriosaLLMError, WorkerDiedError
 from furiosa_llm.wire.codec import encode
 from furiosa_llm.wire.messages import StartFailed, Tokens
 from furiosa_llm.wire.sockets import connect_dealer, runtime_directory
@@ -119,3 +120,40 @@ def test_workers_end_with_their_engine(model):
     pids = asyncio.run(run())
     assert len(pids) == 2
     assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+
+
+async def test_only_what_ran_in_a_crash_is_blamed_for_it(model, monkeypatch):
+    monkeypatch.setenv("FURIOSA_SERVE_MOCK_TOKENS_PER_S", "200")
+    async with async_engine(model, max_num_seqs=1) as engine:
+        poison = engine.generate(PROMPTS[0], GREEDY, "poison")
+        await anext(poison)
+        behind = asyncio.create_task(collect(engine, PROMPTS[1], GREEDY, "behind"))
+        await asyncio.sleep(0)  # until it is queued; there is room for one sequence in a step
+
+        async def kill_until_refused():
+            while True:
+                for pid in engine.worker_pids:
+                    kill(pid)
+                await anext(poison)
+
+        with pytest.raises(WorkerDiedError, match="'poison'"):
+            await kill_until_refused()
+        assert len(ids_of(await behind)) == 40
+
+
+async def test_a_defect_that_one_request_meets_ends_that_request_alone(model, monkeypatch):
+    append = Choice.append
+
+    def fail_for_one(choice, *rest):
+        if choice.request.request_id == "unlucky":
+            raise RuntimeError("a defect")
+        append(choice, *rest)
+
+    monkeypatch.setattr(Choice, "append", fail_for_one)
+    async with async_engine(model) as engine:
+        runs = [collect(engine, PROMPTS[0], GREEDY, name) for name in ("unlucky", "lucky")]
+        unlucky, lucky = await asyncio.gather(*runs, return_exceptions=True)
+        assert isinstance(unlucky, FuriosaLLMError)
+        assert "RuntimeError: a defect" in str(unlucky)
+        assert len(ids_of(lucky)) == 40
+        assert len(ids_of(await collect(engine, PROMPTS[0], GREEDY))) == 40

@@ -1,9 +1,11 @@
 """LLM, offline: prompts in, finished answers out."""
 
+import asyncio
+
 import pytest
 from tiny_models import tiny_artifact
 
-from furiosa_llm import LLM, SamplingParams
+from furiosa_llm import LLM, AsyncLLMEngine, LLMEngine, SamplingParams
 from furiosa_llm.errors import ContextLengthError, InvalidRequestError
 
 PARAMS = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
@@ -11,9 +13,13 @@ IDS = [5, 6, 7]
 
 
 @pytest.fixture(scope="module")
-def llm(tmp_path_factory):
-    path = tiny_artifact(tmp_path_factory.mktemp("model")).path
-    with LLM(str(path), backend="native", paged_attention_num_blocks=64) as llm:
+def model(tmp_path_factory):
+    return tiny_artifact(tmp_path_factory.mktemp("model")).path
+
+
+@pytest.fixture(scope="module")
+def llm(model):
+    with LLM(str(model), backend="native", paged_attention_num_blocks=64) as llm:
         yield llm
 
 
@@ -85,6 +91,67 @@ async def test_stream_generate_adds_up_to_generate(llm):
     pieces = [piece async for piece in llm.stream_generate("hello", PARAMS)]
     assert "".join(pieces) == whole
     assert len(pieces) > 1
+
+
+async def test_streams_may_run_side_by_side(llm):
+    params = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
+    prompts = [{"prompt_token_ids": [5 + i, 6]} for i in range(3)]
+
+    async def stream(prompt):
+        return "".join([piece async for piece in llm.stream_generate(prompt, params)])
+
+    whole = [output.outputs[0].text for output in llm.generate(prompts, params)]
+    assert await asyncio.gather(*map(stream, prompts)) == whole
+
+
+async def test_a_cancelled_stream_holds_nothing_up(model, monkeypatch):
+    monkeypatch.setenv("FURIOSA_SERVE_MOCK_TOKENS_PER_S", "100")  # far from done when cancelled
+    with LLM(str(model), backend="mock", devices="cpu") as llm:
+        has_begun = asyncio.Event()
+
+        async def stream():
+            params = SamplingParams(max_tokens=240, ignore_eos=True)
+            async for _ in llm.stream_generate("hello", params):
+                has_begun.set()
+
+        task = asyncio.create_task(stream())
+        await asyncio.wait(
+            [task, asyncio.create_task(has_begun.wait())], return_when="FIRST_COMPLETED"
+        )
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert (await asyncio.to_thread(llm.generate, "a", PARAMS)).finished
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        pytest.param({"temperature": 0}, "sampling_params", id="of another type"),
+        pytest.param(SamplingParams(n=2), "n: 2", id="two answers in one text"),
+    ],
+)
+async def test_a_stream_refuses(llm, params, message):
+    with pytest.raises(InvalidRequestError, match=message):
+        await anext(llm.stream_generate("hello", params))
+
+
+def test_engines_over_an_llm_share_its_workers(llm):
+    expected = llm.generate({"prompt_token_ids": IDS}, PARAMS).outputs[0].token_ids
+    engine = LLMEngine.from_llm(llm)
+    assert engine.worker_pids == llm.engine.worker_pids
+    engine.add_request("mine", {"prompt_token_ids": IDS}, PARAMS)
+    outputs = []
+    while engine.has_unfinished_requests():
+        outputs += engine.step()
+    assert outputs[-1].outputs[0].token_ids == expected
+
+
+async def test_an_async_engine_over_an_llm_shares_its_workers(llm):
+    engine = AsyncLLMEngine.from_llm(llm)
+    assert engine.worker_pids == llm.engine.worker_pids
+    outputs = [o async for o in engine.generate({"prompt_token_ids": IDS}, PARAMS, "mine")]
+    assert outputs[-1].finished
 
 
 def test_defaults_come_from_the_checkpoint(llm):

@@ -40,6 +40,14 @@ def test_what_finds_no_room_waits_its_turn():
     assert router.finish(1) == [Dispatch(2, 0)]
 
 
+def test_what_ends_together_is_not_sent_into_its_own_room():
+    router = up(1, max_sequences=1)
+    router.submit([(1, 5), (2, 5), (3, 5)])
+    assert router.finish(1, 2) == [Dispatch(3, 0)]
+    assert router.finish(1, 2, 3) == []
+    assert router.load(0) == (0, 0)
+
+
 def test_a_dead_workers_sequences_go_first_to_the_next():
     router = up(1, max_sequences=2)
     router.submit([(1, 5), (2, 5), (3, 5)])

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from furiosa_llm.engine.core import EngineCore
-from furiosa_llm.engine.request import Request
 from furiosa_llm.engine.settings import EngineSettings, resolve_settings
 from furiosa_llm.errors import FuriosaLLMError
 from furiosa_llm.outputs import RequestOutput
@@ -33,7 +33,7 @@ class _LoopBridge:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self._items: deque[tuple[asyncio.Queue[Item], Item]] = deque()
-        self._is_scheduled = False
+        self._is_scheduled = False  # only the engine's thread sets it, only the loop clears it
 
     def post(self, queue: asyncio.Queue[Item], item: Item) -> None:
         self._items.append((queue, item))
@@ -43,6 +43,7 @@ class _LoopBridge:
                 self.loop.call_soon_threadsafe(self._deliver)
             except RuntimeError:  # the loop is closed: nobody is left to read
                 self._items.clear()
+                self._is_scheduled = False  # so that the next item is cleared, too
 
     def _deliver(self) -> None:
         self._is_scheduled = False  # first: what is posted from here on schedules anew
@@ -67,9 +68,9 @@ class AsyncLLMEngine:
     event loop: any may use it.
     """
 
-    def __init__(self, settings: EngineSettings) -> None:
+    def __init__(self, settings: EngineSettings, core: EngineCore | None = None) -> None:
         self._settings = settings
-        self._core = EngineCore(settings)
+        self._core = EngineCore(settings) if core is None else core
         self._bridge: _LoopBridge | None = None
 
     @classmethod
@@ -83,8 +84,8 @@ class AsyncLLMEngine:
 
     @classmethod
     def from_llm(cls, llm: LLM) -> Self:
-        """An engine of its own with the arguments of `llm`."""
-        return cls.from_engine_args(llm.engine_args)
+        """An engine over the workers of `llm`; shutting either down ends both."""
+        return cls(llm.settings, llm.core)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -117,7 +118,12 @@ class AsyncLLMEngine:
         return self._core.num_preemptions
 
     async def generate(
-        self, prompt: Any, sampling_params: SamplingParams | None, request_id: str
+        self,
+        prompt: Any,
+        sampling_params: SamplingParams | None,
+        request_id: str,
+        *,
+        add_special_tokens: bool = True,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield the request's outputs as they are made (see `RequestOutputKind`).
 
@@ -125,28 +131,25 @@ class AsyncLLMEngine:
             prompt: a str, {"prompt": str}, or {"prompt_token_ids": [int, ...]}.
             sampling_params: None is `SamplingParams()`.
             request_id: any string that no running request has.
+            add_special_tokens: to a prompt that is text, those the model wants around it.
         Raises: InvalidRequestError, ContextLengthError, DuplicateRequestError, OverloadedError,
             before anything is queued; WorkerDiedError, EngineShutDownError.
         Closing the generator early aborts the request and frees what it held.
         """
-        inputs = self._settings.inputs
-        inputs.check_request_id(request_id)
-        params = inputs.check_params(sampling_params)
+        queue: asyncio.Queue[Item] = asyncio.Queue()
+        make_request = partial(
+            self._settings.inputs.make_request,
+            request_id,
+            prompt,
+            sampling_params,
+            _QueueSink(self._bridge_to_running_loop(), queue),
+            add_special_tokens=add_special_tokens,
+        )
         text = prompt.get("prompt") if isinstance(prompt, dict) else prompt
         if isinstance(text, str) and len(text) >= LONG_TEXT_CHARS:
-            checked = await asyncio.to_thread(inputs.prompt_of, prompt)
+            request = await asyncio.to_thread(make_request)
         else:
-            checked = inputs.prompt_of(prompt)
-        queue: asyncio.Queue[Item] = asyncio.Queue()
-        request = Request(
-            request_id=request_id,
-            prompt=checked.text,
-            prompt_token_ids=checked.token_ids,
-            params=params,
-            sequence_params=inputs.sequence_params(request_id, len(checked.token_ids), params),
-            tokenizer=inputs.tokenizer,
-            sink=_QueueSink(self._bridge_to_running_loop(), queue),
-        )
+            request = make_request()
         self._core.submit(request)
         try:
             while True:
@@ -181,12 +184,7 @@ class AsyncLLMEngine:
 
     async def shutdown(self) -> None:
         """End all requests and workers, and wait for that; idempotent."""
-        await asyncio.to_thread(self._close)
-
-    def _close(self) -> None:
-        self._core.shutdown()
-        if self._settings.model.temporary is not None:
-            self._settings.model.temporary.cleanup()
+        await asyncio.to_thread(self._core.shutdown)
 
     def _bridge_to_running_loop(self) -> _LoopBridge:
         loop = asyncio.get_running_loop()
@@ -214,4 +212,4 @@ class AsyncLLMEngine:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._close()
+        self._core.shutdown()

@@ -2,8 +2,8 @@
 
 One thread owns the socket, the worker processes and every running request. Callers hand it commands
 and are answered through their request's sink, so that asyncio and plain threads are served alike.
-It sleeps in `poll` until a message, a command, the end of a process (pidfd) or a due restart wakes
-it: an idle engine costs nothing.
+It sleeps until a message, a command, the end of a process or a due restart wakes it: an idle engine
+costs nothing.
 
 Recovery is one rule: a sequence is its prompt, its tokens so far, its parameters and its seed. When
 a worker dies, what it held is added to another one with the tokens that have arrived; a message of
@@ -15,23 +15,16 @@ from __future__ import annotations
 import atexit
 import itertools
 import logging
-import math
 import os
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from contextlib import suppress
-from dataclasses import replace
-from typing import Any
-
-import zmq
 
 from furiosa_llm.engine.request import Choice, Request
 from furiosa_llm.engine.router import Dispatch, Router
 from furiosa_llm.engine.settings import EngineSettings
-from furiosa_llm.engine.supervisor import MAX_CRASHES_PER_REQUEST, GiveUp, RestartPolicy, Start
-from furiosa_llm.engine.worker_process import WorkerProcess
+from furiosa_llm.engine.supervisor import MAX_CRASHES_PER_REQUEST
+from furiosa_llm.engine.worker_pool import Event, NoWorkerLeft, WorkerDown, WorkerPool, WorkerUp
 from furiosa_llm.errors import (
     DuplicateRequestError,
     EngineShutDownError,
@@ -42,40 +35,11 @@ from furiosa_llm.errors import (
     from_wire,
     to_wire,
 )
-from furiosa_llm.wire.codec import decode_from_worker, encode
-from furiosa_llm.wire.errors import WireError
-from furiosa_llm.wire.messages import (
-    FINISH_REASONS,
-    Abort,
-    Add,
-    Added,
-    Configure,
-    FromWorker,
-    Ping,
-    Pong,
-    Ready,
-    Refused,
-    Shutdown,
-    StartFailed,
-    Tokens,
-    ToWorker,
-)
-from furiosa_llm.wire.sockets import bind_router, new_endpoint, remove_endpoint
+from furiosa_llm.wire.messages import FINISH_REASONS, Abort, Add, Added, Ping, Pong, Refused, Tokens
 
 MAX_DISPATCHED = 4096
 """Sequences sent to one worker at most, however many it may hold: far more than fit in a step, and
 few enough that all their messages fit in its socket's queue even while it is busy with a step."""
-
-START_TIMEOUT_S = 600.0
-"""A worker that says nothing for so long is taken for stuck: mapping a model takes far less."""
-
-LAST_WORDS_TIMEOUT_S = 0.5
-"""How long to wait for the message in which a worker that has left said why it could not start."""
-
-SEND_TIMEOUT_S = 5.0
-"""A worker whose queue of thousands of messages stays full for so long is killed."""
-
-SHUTDOWN_TIMEOUT_S = 5.0
 
 _log = logging.getLogger(__name__)
 
@@ -90,14 +54,13 @@ class EngineCore:
     def __init__(self, settings: EngineSettings) -> None:
         self._model = settings.model
         self._configures = settings.workers
+        self._max_num_seqs = settings.workers[0].max_num_seqs
         self._max_sequences = (
             len(settings.workers) * settings.max_processing_samples + settings.max_waiting
         )
         self._router = Router(
             max_sequences_per_worker=min(settings.max_processing_samples, MAX_DISPATCHED)
         )
-        self._policies = [RestartPolicy() for _ in settings.workers]
-        self._workers: list[WorkerProcess | None] = [None] * len(settings.workers)
         self._choices: dict[int, Choice] = {}  # by sequence id, while unfinished
         self._sequence_ids = itertools.count(1)
         self._nonces = itertools.count(1)
@@ -108,12 +71,11 @@ class EngineCore:
         self._lock = threading.Lock()  # guards what follows: callers and the thread share it
         self._live: dict[str, Request] = {}
         self._num_live_sequences = 0
-        self._commands: deque[Callable[[], None]] = deque()
+        self._commands: deque[Callable[[WorkerPool], None]] = deque()
         self._ended_by: FuriosaLLMError | None = None  # why no request is taken any more
 
-        # What only the thread uses from here on; it makes the socket, for sockets keep to a thread.
-        self._router_socket: zmq.Socket[Any]
-        self._poller = zmq.Poller()
+        # What only the thread uses from here on; it makes the pool, for sockets keep to a thread.
+        self._pool: WorkerPool | None = None
         self._is_stopping = False
         self._started = threading.Event()
         self._start_error: FuriosaLLMError | None = None
@@ -134,7 +96,7 @@ class EngineCore:
     @property
     def worker_pids(self) -> list[int | None]:
         """Process ids by worker id; None for one that is down."""
-        return [None if worker is None else worker.pid for worker in self._workers]
+        return [] if self._pool is None else self._pool.pids
 
     @property
     def num_preemptions(self) -> int:
@@ -162,18 +124,18 @@ class EngineCore:
                 )
             self._live[request.request_id] = request
             self._num_live_sequences += num_sequences
-        self._call(lambda: self._begin(request))
+        self._call(lambda pool: self._begin(pool, request))
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """End these requests; their readers get a last output. Unknown ids are no error."""
         ids = list(request_ids)
-        self._call(lambda: self._abort(ids))
+        self._call(lambda pool: self._abort(pool, ids))
 
     def drop(self, request: Request) -> None:
         """End a request that nobody reads any more; nothing if it has ended."""
         if not request.is_over:
             self._forget(request)  # at once: its id is free when this returns
-            self._call(lambda: self._end(request))
+            self._call(lambda pool: self._end(pool, request))
 
     def check_health(self, timeout_s: float = 10.0) -> None:
         """Return if every worker that is up answers between two of its steps.
@@ -183,7 +145,7 @@ class EngineCore:
         with self._lock:
             self._refuse_if_ended()
         answered = threading.Event()
-        self._call(lambda: self._ping(answered))
+        self._call(lambda pool: self._ping(pool, answered))
         if not answered.wait(timeout_s):
             with self._lock:
                 self._refuse_if_ended()
@@ -206,7 +168,7 @@ class EngineCore:
         if self._ended_by is not None:  # a new error each time: raising one adds to its traceback
             raise from_wire(*to_wire(self._ended_by))
 
-    def _call(self, command: Callable[[], None]) -> None:
+    def _call(self, command: Callable[[WorkerPool], None]) -> None:
         self._commands.append(command)
         with self._lock:
             if self._wakeup_fd >= 0:  # else the thread has ended, and has failed all requests
@@ -215,84 +177,73 @@ class EngineCore:
     # --- the thread -------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        context = zmq.Context()
-        endpoint = ""
         try:
-            endpoint = new_endpoint()
-            self._router_socket = bind_router(context, endpoint)
-            self._router_socket.setsockopt(zmq.SNDTIMEO, int(SEND_TIMEOUT_S * 1000))
-            self._poller.register(self._router_socket, zmq.POLLIN)
-            self._poller.register(self._wakeup_fd, zmq.POLLIN)
-            self._configures = tuple(replace(c, endpoint=endpoint) for c in self._configures)
-            for configure in self._configures:
-                self._start_worker(configure)
+            self._pool = pool = WorkerPool(self._configures, self._wakeup_fd)
+            pool.start()
             while not self._is_stopping:
-                self._round()
+                for event in pool.wait():
+                    self._handle(pool, event)
+                while self._commands:
+                    self._commands.popleft()(pool)
         except Exception as error:
-            _log.exception("the engine cannot go on")
-            failure = FuriosaLLMError(f"the engine failed: {type(error).__name__}: {error}")
+            if isinstance(error, FuriosaLLMError):
+                failure = error
+            else:
+                _log.exception("the engine cannot go on")
+                failure = FuriosaLLMError(f"the engine failed: {type(error).__name__}: {error}")
             self._fail(failure)
             if not self._started.is_set():
                 self._start_error = failure
         finally:
-            self._close_workers()
+            if self._pool is not None:
+                self._pool.close()
             self._fail(EngineShutDownError("the engine was shut down while this request ran"))
-            context.destroy(linger=0)
-            remove_endpoint(endpoint)
             with self._lock:
                 os.close(self._wakeup_fd)
                 self._wakeup_fd = -1
             self._started.set()
 
-    def _round(self) -> None:
-        """Sleep until something happens, and handle it."""
-        events = dict(self._poller.poll(self._sleep_ms()))
-        if self._wakeup_fd in events:
-            os.eventfd_read(self._wakeup_fd)
-            while self._commands:
-                self._commands.popleft()()
-        # Messages before deaths: what a worker still said is then counted before it is replaced.
-        if self._router_socket in events:
-            self._receive()
-        for worker in self._workers:
-            if worker is not None and worker.pid_fd in events:
-                self._worker_exited(worker)
-        now_s = time.monotonic()
-        for worker_id, policy in enumerate(self._policies):
-            self._obey(worker_id, policy.tick(now_s))
-        for worker in self._workers:
-            if worker is not None and not worker.is_ready and now_s > worker.start_deadline_s:
-                worker.start_error = WorkerStartError(
-                    f"worker {worker.configure.worker_id} was not ready within {START_TIMEOUT_S:g} s"
-                )
-                worker.start_deadline_s = math.inf
-                worker.kill()
-
-    def _sleep_ms(self) -> int | None:
-        due_s = min(policy.due_s for policy in self._policies)
-        for worker in self._workers:
-            if worker is not None and not worker.is_ready:
-                due_s = min(due_s, worker.start_deadline_s)
-        if math.isinf(due_s):
-            return None
-        return math.ceil(max(0.0, due_s - time.monotonic()) * 1000)
+    def _handle(self, pool: WorkerPool, event: Event) -> None:
+        match event:
+            case Tokens():
+                self._take_tokens(pool, event)
+            case Added():
+                pass  # the ledger has charged them since their dispatch
+            case Refused():
+                choice = self._choices.get(event.sequence_id)
+                if choice is not None:
+                    error = from_wire(event.error_code, event.message)
+                    self._end(pool, choice.request, error)
+            case Pong():
+                self._pong(event)
+            case WorkerUp():
+                self.isa = event.isa
+                self._dispatch(pool, self._router.worker_up(event.worker_id))
+                if pool.is_complete:
+                    self._started.set()
+            case WorkerDown():
+                self._worker_down(pool, event)
+            case NoWorkerLeft():
+                self._fail(WorkerDiedError(f"no worker is left: {event.reason}"))
 
     # --- requests ---------------------------------------------------------------------------------
 
-    def _begin(self, request: Request) -> None:
+    def _begin(self, pool: WorkerPool, request: Request) -> None:
         with self._lock:
             ended_by = self._ended_by
         if ended_by is not None:
-            self._end(request, ended_by)
+            self._end(pool, request, ended_by)
             return
         for index in range(len(request.sequence_params)):
             choice = Choice(index, next(self._sequence_ids), request)
             request.choices.append(choice)
             self._choices[choice.sequence_id] = choice
         num_tokens = len(request.prompt_token_ids)
-        self._dispatch(self._router.submit([(c.sequence_id, num_tokens) for c in request.choices]))
+        self._dispatch(
+            pool, self._router.submit([(c.sequence_id, num_tokens) for c in request.choices])
+        )
 
-    def _dispatch(self, effects: list[Dispatch]) -> None:
+    def _dispatch(self, pool: WorkerPool, effects: list[Dispatch]) -> None:
         for effect in effects:
             choice = self._choices[effect.sequence_id]
             request = choice.request
@@ -302,27 +253,28 @@ class EngineCore:
                 num_prompt_tokens=len(request.prompt_token_ids),
                 params=request.sequence_params[choice.index],
             )
-            worker = self._workers[effect.worker_id]
-            assert worker is not None
-            self._send(worker, add)
+            choice.num_resumed_tokens = len(choice.token_ids)
+            pool.send(effect.worker_id, add)
 
-    def _abort(self, request_ids: list[str]) -> None:
+    def _abort(self, pool: WorkerPool, request_ids: list[str]) -> None:
         for request_id in request_ids:
             request = self._live.get(request_id)
             if request is None or request.is_over:
                 continue
             unfinished = [c for c in request.choices if c.finish_reason is None]
-            self._release(unfinished)
+            self._release(pool, unfinished)
             for choice in unfinished:
                 choice.abort()
             self._forget(request)
             request.put_output(unfinished)
 
-    def _end(self, request: Request, error: FuriosaLLMError | None = None) -> None:
+    def _end(
+        self, pool: WorkerPool, request: Request, error: FuriosaLLMError | None = None
+    ) -> None:
         """Stop what still runs of a request, and forget it; its reader gets the error, if any."""
         if request.is_over:
             return
-        self._release([c for c in request.choices if c.finish_reason is None])
+        self._release(pool, request.choices)
         request.is_over = True
         self._forget(request)
         if error is not None:
@@ -334,7 +286,7 @@ class EngineCore:
                 del self._live[request.request_id]
                 self._num_live_sequences -= len(request.sequence_params)
 
-    def _release(self, choices: list[Choice]) -> None:
+    def _release(self, pool: WorkerPool, choices: list[Choice]) -> None:
         """Free these sequences wherever they are: in a worker, or waiting."""
         by_worker: dict[int, list[int]] = {}
         for choice in choices:
@@ -345,10 +297,8 @@ class EngineCore:
                 by_worker.setdefault(worker_id, []).append(choice.sequence_id)
         # First the aborts, so that what is dispatched into the freed room finds it free.
         for worker_id, sequence_ids in by_worker.items():
-            worker = self._workers[worker_id]
-            if worker is not None:
-                self._send(worker, Abort(tuple(sequence_ids)))
-        self._dispatch(self._router.finish(*(choice.sequence_id for choice in choices)))
+            pool.send(worker_id, Abort(tuple(sequence_ids)))
+        self._dispatch(pool, self._router.finish(*(choice.sequence_id for choice in choices)))
 
     def _fail(self, error: FuriosaLLMError) -> None:
         """Take no more requests, and fail those that run."""
@@ -362,66 +312,9 @@ class EngineCore:
                 request.put_error(error)
         self._choices.clear()
 
-    # --- messages ---------------------------------------------------------------------------------
+    # --- workers ----------------------------------------------------------------------------------
 
-    def _receive(self) -> None:
-        while True:
-            try:
-                frames = self._router_socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            try:
-                if len(frames) != 2:
-                    raise WireError(f"a message of {len(frames)} frames instead of two")
-                message = decode_from_worker(frames[1])
-            except WireError as error:
-                _log.warning("dropped a malformed message of a worker: %s", error)
-                continue
-            worker = self._sender(message)
-            if worker is None or worker.identity != frames[0]:
-                continue  # of a dead epoch, or of nobody
-            if message.seq != worker.next_seq:
-                _log.error(
-                    "worker %d sent message %d where %d was due: replacing it",
-                    message.worker_id, message.seq, worker.next_seq,
-                )  # fmt: skip
-                worker.kill()
-                continue
-            worker.next_seq += 1
-            self._handle(worker, message)
-
-    def _sender(self, message: FromWorker) -> WorkerProcess | None:
-        if not message.worker_id < len(self._workers):
-            return None
-        worker = self._workers[message.worker_id]
-        return worker if worker is not None and worker.configure.epoch == message.epoch else None
-
-    def _handle(self, worker: WorkerProcess, message: FromWorker) -> None:
-        match message:
-            case Tokens():
-                self._take_tokens(message)
-            case Added():
-                pass  # the ledger has charged them since their dispatch
-            case Refused():
-                choice = self._choices.get(message.sequence_id)
-                if choice is not None:
-                    self._end(choice.request, from_wire(message.error_code, message.message))
-            case Ready():
-                worker.is_ready = True
-                self.isa = message.isa
-                self._dispatch(self._router.worker_up(message.worker_id))
-                if all(w is not None and w.is_ready for w in self._workers):
-                    self._started.set()
-            case StartFailed():
-                worker.start_error = from_wire(message.error_code, message.message)
-            case Pong():
-                waiting, answered = self._pings.get(message.nonce, (set(), threading.Event()))
-                waiting.discard(message.worker_id)
-                if not waiting:
-                    self._pings.pop(message.nonce, None)
-                    answered.set()
-
-    def _take_tokens(self, message: Tokens) -> None:
+    def _take_tokens(self, pool: WorkerPool, message: Tokens) -> None:
         self._last_step[message.worker_id] = message
         logprobs = dict(message.logprobs)
         # A request with several choices in one step yields one output for them all.
@@ -433,7 +326,13 @@ class EngineCore:
             choice = self._choices.get(sequence_id)
             if choice is None:
                 continue  # aborted, and the worker had not heard of it yet
-            choice.append(token_id, FINISH_REASONS[finish_code], logprobs.get(index))
+            try:
+                choice.append(token_id, FINISH_REASONS[finish_code], logprobs.get(index))
+            except Exception as error:  # a defect that one request meets must not end the others
+                _log.exception("request %r cannot go on", choice.request.request_id)
+                text = f"the request failed: {type(error).__name__}: {error}"
+                self._end(pool, choice.request, FuriosaLLMError(text))
+                continue
             changed.setdefault(choice.request, []).append(choice)
             if finish_code:
                 del self._choices[sequence_id]
@@ -443,123 +342,60 @@ class EngineCore:
             else:
                 self._router.progress(sequence_id, 1)
         for request, choices in changed.items():
+            if request.is_over:  # one of its other choices has failed
+                continue
             if request.is_finished:
                 self._forget(request)  # before its reader hears of it and uses its id again
             request.put_output(choices)
-        self._release(stopped)
-        self._dispatch(self._router.finish(*freed))
+        self._release(pool, stopped)
+        self._dispatch(pool, self._router.finish(*freed))
 
-    def _send(self, worker: WorkerProcess, message: ToWorker) -> None:
-        try:
-            self._router_socket.send_multipart([worker.identity, encode(message)])
-        except zmq.Again:
-            _log.error("worker %d reads nothing: replacing it", worker.configure.worker_id)
-            worker.kill()
-        except zmq.ZMQError as error:
-            # It has just died; its process's end, which is about to be seen, moves its sequences.
-            if error.errno != zmq.EHOSTUNREACH:
-                raise
+    def _worker_down(self, pool: WorkerPool, event: WorkerDown) -> None:
+        """Move what the worker held, but for what seems to have killed it."""
+        self._last_step.pop(event.worker_id, None)
+        if not pool.is_complete:
+            self._start_error = event.start_error or WorkerStartError(event.cause)
+            self._is_stopping = True
+            return
+        for nonce, (waiting, _) in list(self._pings.items()):
+            if event.worker_id in waiting:
+                del self._pings[nonce]
+        lost = self._router.worker_down(event.worker_id)
+        orphans = [choice for choice in map(self._choices.get, lost) if choice is not None]
+        for index, choice in enumerate(orphans):
+            # Only what ran can have killed it: it got tokens there, or was among the first in line.
+            if index < self._max_num_seqs or len(choice.token_ids) > choice.num_resumed_tokens:
+                choice.num_crashes += 1
+            if choice.num_crashes >= MAX_CRASHES_PER_REQUEST:
+                request_id = choice.request.request_id
+                error = WorkerDiedError(
+                    f"request {request_id!r} was running in {choice.num_crashes} workers that "
+                    f"died, so it is not tried again; the last: {event.cause}"
+                )
+                self._end(pool, choice.request, error)
+        to_move = [
+            (choice.sequence_id, len(choice.request.prompt_token_ids) + len(choice.token_ids))
+            for choice in orphans
+            if choice.sequence_id in self._choices
+        ]
+        self._dispatch(pool, self._router.submit(to_move, first=True))
 
-    def _ping(self, answered: threading.Event) -> None:
-        up = {w.configure.worker_id for w in self._workers if w is not None and w.is_ready}
+    def _ping(self, pool: WorkerPool, answered: threading.Event) -> None:
+        nonce, up = next(self._nonces), set(pool.up)
         if not up:
             return  # all are down: the caller's wait ends by its timeout
-        nonce = next(self._nonces)
         self._pings[nonce] = (up, answered)
         for worker_id in sorted(up):
-            worker = self._workers[worker_id]
-            assert worker is not None
-            self._send(worker, Ping(nonce))
+            pool.send(worker_id, Ping(nonce))
 
-    # --- processes --------------------------------------------------------------------------------
-
-    def _start_worker(self, configure: Configure) -> None:
-        worker = WorkerProcess(configure, start_deadline_s=time.monotonic() + START_TIMEOUT_S)
-        self._workers[configure.worker_id] = worker
-        self._poller.register(worker.pid_fd, zmq.POLLIN)
-
-    def _worker_exited(self, worker: WorkerProcess) -> None:
-        worker_id = worker.configure.worker_id
-        self._receive()  # its last words: tokens, or why it could not start
-        if not worker.is_ready and worker.has_failed:
-            self._await_start_error(worker)
-        self._poller.unregister(worker.pid_fd)
-        cause = worker.reap()
-        self._workers[worker_id] = None
-        self._last_step.pop(worker_id, None)
-        if not self._started.is_set():
-            self._fail_start(worker.start_error or WorkerStartError(f"{cause}"))
+    def _pong(self, pong: Pong) -> None:
+        if pong.nonce not in self._pings:
             return
-        _log.warning("%s", f"{cause}: {worker.start_error}" if worker.start_error else cause)
-        self._orphaned(self._router.worker_down(worker_id), cause)
-        for nonce, (waiting, _) in list(self._pings.items()):
-            if worker_id in waiting:
-                del self._pings[nonce]
-        self._obey(worker_id, self._policies[worker_id].exited(time.monotonic()))
+        waiting, answered = self._pings[pong.nonce]
+        waiting.discard(pong.worker_id)
+        if not waiting:
+            del self._pings[pong.nonce]
+            answered.set()
 
-    def _await_start_error(self, worker: WorkerProcess) -> None:
-        """The process's end may be seen before the message it sent, which is on its way then."""
-        deadline_s = time.monotonic() + LAST_WORDS_TIMEOUT_S
-        while worker.start_error is None and (left_s := deadline_s - time.monotonic()) > 0:
-            if self._router_socket.poll(math.ceil(left_s * 1000)):
-                self._receive()
-
-    def _orphaned(self, sequence_ids: list[int], cause: str) -> None:
-        """Move the sequences of a dead worker, but for those that seem to have killed it."""
-        to_move: list[tuple[int, int]] = []
-        for sequence_id in sequence_ids:
-            choice = self._choices.get(sequence_id)
-            if choice is None:
-                continue
-            choice.num_crashes += 1
-            if choice.num_crashes >= MAX_CRASHES_PER_REQUEST:
-                self._end(
-                    choice.request,
-                    WorkerDiedError(
-                        f"request {choice.request.request_id!r} was running in "
-                        f"{choice.num_crashes} workers that died, so it is not tried again; the "
-                        f"last: {cause}"
-                    ),
-                )
-            else:
-                num_tokens = len(choice.request.prompt_token_ids) + len(choice.token_ids)
-                to_move.append((sequence_id, num_tokens))
-        alive = [(i, n) for i, n in to_move if i in self._choices]
-        self._dispatch(self._router.submit(alive, first=True))
-
-    def _obey(self, worker_id: int, effects: list[Start | GiveUp]) -> None:
-        for effect in effects:
-            match effect:
-                case Start(epoch):
-                    try:
-                        self._start_worker(replace(self._configures[worker_id], epoch=epoch))
-                    except OSError as error:  # no memory, processes or descriptors left just now
-                        _log.error("worker %d cannot be started: %s", worker_id, error)
-                        self._obey(worker_id, self._policies[worker_id].exited(time.monotonic()))
-                case GiveUp(reason):
-                    _log.error("worker %d is given up: %s", worker_id, reason)
-                    if not any(self._workers) and all(math.isinf(p.due_s) for p in self._policies):
-                        self._fail(WorkerDiedError(f"no worker is left: {reason}"))
-
-    def _fail_start(self, error: Exception) -> None:
-        is_ours = isinstance(error, FuriosaLLMError)
-        self._start_error = error if is_ours else WorkerStartError(str(error))
+    def _stop(self, pool: WorkerPool) -> None:
         self._is_stopping = True
-
-    def _stop(self) -> None:
-        self._is_stopping = True
-
-    def _close_workers(self) -> None:
-        for worker in self._workers:
-            if worker is not None:
-                if worker.is_ready:
-                    with suppress(zmq.ZMQError):
-                        self._router_socket.send_multipart(
-                            [worker.identity, encode(Shutdown())], zmq.NOBLOCK
-                        )
-                else:
-                    worker.kill()
-        for worker_id, worker in enumerate(self._workers):
-            if worker is not None:
-                worker.reap(SHUTDOWN_TIMEOUT_S)
-                self._workers[worker_id] = None

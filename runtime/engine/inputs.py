@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import numbers
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from furiosa_llm.checks import shown
+from furiosa_llm.engine.request import Request, Sink
 from furiosa_llm.errors import ContextLengthError, InvalidRequestError
 from furiosa_llm.sampling_params import SamplingParams, SamplingType
 from furiosa_llm.scheduler.params import SequenceParams
@@ -35,6 +37,37 @@ class InputProcessor:
     max_model_len: int
     eos_token_ids: tuple[int, ...]
     engine_seed: int | None
+
+    def make_request(
+        self,
+        request_id: Any,
+        prompt: Any,
+        params: Any,
+        sink: Sink,
+        *,
+        add_special_tokens: bool = True,
+    ) -> Request:
+        """The request that runs this; its outputs go to `sink`.
+
+        Args:
+            request_id: a string of 1 to 512 characters.
+            prompt: see `prompt_of`.
+            params: SamplingParams; None is the defaults.
+            add_special_tokens: to a prompt that is text.
+        Raises: InvalidRequestError, ContextLengthError; nothing has changed then.
+        """
+        self.check_request_id(request_id)
+        params = self.check_params(params)
+        checked = self.prompt_of(prompt, add_special_tokens=add_special_tokens)
+        return Request(
+            request_id=request_id,
+            prompt=checked.text,
+            prompt_token_ids=checked.token_ids,
+            params=params,
+            sequence_params=self.sequence_params(request_id, len(checked.token_ids), params),
+            tokenizer=self.tokenizer,
+            sink=sink,
+        )
 
     def check_request_id(self, request_id: Any) -> str:
         """Raises: InvalidRequestError unless it is a string of 1 to 512 characters."""
@@ -131,14 +164,15 @@ class InputProcessor:
         return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
     def _check_token_ids(self, token_ids: Any) -> tuple[int, ...]:
-        try:
-            ids = tuple(token_ids)
-        except TypeError:
-            ids = (None,)
+        # A str is refused by its characters; bytes iterate as integers, but are none.
+        is_list = isinstance(token_ids, Iterable) and not isinstance(token_ids, bytes | bytearray)
+        ids = tuple(token_ids) if is_list else (token_ids,)
         for token_id in ids:
-            if type(token_id) is not int and not hasattr(token_id, "__index__"):
+            # What is not an int outright (numpy's integers are not) is looked at more closely.
+            if not is_list or (type(token_id) is not int and not _is_integer(token_id)):
                 raise InvalidRequestError(
-                    f"prompt_token_ids holds {shown(token_id)}: pass a list of integers",
+                    f"prompt_token_ids {'holds' if is_list else 'is'} {shown(token_id)}: pass a "
+                    f"list of integers",
                     param="prompt_token_ids",
                 )
         ids = tuple(int(token_id) for token_id in ids)
@@ -157,3 +191,7 @@ class InputProcessor:
                 "the prompt is empty: it must hold at least one token", param="prompt"
             )
         return token_ids
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Self
 
 from furiosa_llm.args import EngineArgs
 from furiosa_llm.checks import shown
+from furiosa_llm.engine.async_llm_engine import AsyncLLMEngine
+from furiosa_llm.engine.core import EngineCore
 from furiosa_llm.engine.llm_engine import LLMEngine
 from furiosa_llm.engine.settings import resolve_settings
 from furiosa_llm.errors import InvalidRequestError
@@ -46,8 +49,10 @@ class LLM:
                 f"LLM() got unknown keyword arguments {', '.join(unknown)}: the known ones are "
                 f"{', '.join(known)}"
             )
-        self.engine_args = EngineArgs(model=model, **engine_args)
-        self._engine = LLMEngine(resolve_settings(self.engine_args))
+        self.settings = resolve_settings(EngineArgs(model=model, **engine_args))
+        self.core = EngineCore(self.settings)
+        self._engine = LLMEngine(self.settings, self.core)
+        self._async_engine = AsyncLLMEngine(self.settings, self.core)  # the same, for streams
         self._request_ids = itertools.count()
 
     @classmethod
@@ -149,48 +154,48 @@ class LLM:
         prompt_token_ids: Sequence[int] | None = None,
         tokenizer_kwargs: Mapping[str, Any] | None = None,
     ) -> AsyncIterator[str]:
-        """Yield the answer's text in pieces. The event loop stays free meanwhile."""
-        import asyncio
-
+        """Yield the text of the answer in pieces; any number of streams may run at once."""
         add_special_tokens = _add_special_tokens(tokenizer_kwargs)
         if prompt_token_ids is not None:
             prompt = {"prompt_token_ids": list(prompt_token_ids)}
-        params = dataclasses.replace(
-            sampling_params or self.get_default_sampling_params(),
-            output_kind=RequestOutputKind.DELTA,
+        (params,) = self._listed_params(sampling_params, 1)
+        params = dataclasses.replace(params, output_kind=RequestOutputKind.DELTA)
+        if params.n != 1:
+            raise InvalidRequestError(
+                f"n: {params.n} answers cannot share one stream of text: leave n at 1", param="n"
+            )
+        outputs = self._async_engine.generate(
+            prompt, params, self._next_id(), add_special_tokens=add_special_tokens
         )
-        request_id = f"stream-{next(self._request_ids)}"
-        self._engine.add_request(request_id, prompt, params, add_special_tokens=add_special_tokens)
-        try:
-            while self._engine.has_unfinished_requests():
-                for output in await asyncio.to_thread(self._engine.step):
-                    for choice in output.outputs:
-                        if choice.text:
-                            yield choice.text
-        finally:
-            self._engine.drop_requests()
+        async with aclosing(outputs):
+            async for output in outputs:
+                for choice in output.outputs:
+                    if choice.text:
+                        yield choice.text
 
     def shutdown(self) -> None:
         """End the workers; idempotent."""
-        self._engine.shutdown()
+        self.core.shutdown()
 
     def _run(
         self, prompts: list[Any], params: list[SamplingParams], add_special_tokens: bool
     ) -> list[RequestOutput]:
-        ids = [f"llm-{next(self._request_ids)}" for _ in prompts]
+        ids = [self._next_id() for _ in prompts]
+        finals = [dataclasses.replace(p, output_kind=RequestOutputKind.FINAL) for p in params]
         done: dict[str, RequestOutput] = {}
         try:
-            for request_id, prompt, each in zip(ids, prompts, params, strict=True):
-                final = dataclasses.replace(each, output_kind=RequestOutputKind.FINAL)
-                self._engine.add_request(
-                    request_id, prompt, final, add_special_tokens=add_special_tokens
-                )
+            self._engine.add_requests(
+                zip(ids, prompts, finals, strict=True), add_special_tokens=add_special_tokens
+            )
             while self._engine.has_unfinished_requests():
                 for output in self._engine.step():
                     done[output.request_id] = output
         finally:
             self._engine.drop_requests()  # after an error, or Ctrl-C
         return [done[request_id] for request_id in ids]
+
+    def _next_id(self) -> str:
+        return f"llm-{next(self._request_ids)}"
 
     def _listed_params(self, params: Params, count: int) -> list[SamplingParams]:
         if params is None:

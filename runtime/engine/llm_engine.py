@@ -41,9 +41,9 @@ class LLMEngine:
     last output has been returned.
     """
 
-    def __init__(self, settings: EngineSettings) -> None:
+    def __init__(self, settings: EngineSettings, core: EngineCore | None = None) -> None:
         self._settings = settings
-        self._core = EngineCore(settings)
+        self._core = EngineCore(settings) if core is None else core
         self._items: SimpleQueue[tuple[str, Item]] = SimpleQueue()
         self._unfinished: dict[str, Request] = {}
         self._held_error: FuriosaLLMError | None = None  # raised by the next step
@@ -55,8 +55,8 @@ class LLMEngine:
 
     @classmethod
     def from_llm(cls, llm: LLM) -> Self:
-        """An engine of its own with the arguments of `llm`."""
-        return cls.from_engine_args(llm.engine_args)
+        """An engine over the workers of `llm`; shutting either down ends both."""
+        return cls(llm.settings, llm.core)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -92,21 +92,30 @@ class LLMEngine:
         add_special_tokens: bool = True,
     ) -> None:
         """Queue a request; see `AsyncLLMEngine.generate` for its parts and errors."""
-        inputs = self._settings.inputs
-        inputs.check_request_id(request_id)
-        params = inputs.check_params(sampling_params)
-        checked = inputs.prompt_of(prompt, add_special_tokens=add_special_tokens)
-        request = Request(
-            request_id=request_id,
-            prompt=checked.text,
-            prompt_token_ids=checked.token_ids,
-            params=params,
-            sequence_params=inputs.sequence_params(request_id, len(checked.token_ids), params),
-            tokenizer=inputs.tokenizer,
-            sink=_SharedSink(request_id, self._items),
+        self.add_requests(
+            [(request_id, prompt, sampling_params)], add_special_tokens=add_special_tokens
         )
-        self._core.submit(request)
-        self._unfinished[request_id] = request
+
+    def add_requests(
+        self,
+        requests: Iterable[tuple[str, Any, SamplingParams | None]],
+        *,
+        add_special_tokens: bool = True,
+    ) -> None:
+        """Queue (request_id, prompt, sampling_params) triples; all are checked before any runs."""
+        checked = [
+            self._settings.inputs.make_request(
+                request_id,
+                prompt,
+                params,
+                _SharedSink(request_id, self._items),
+                add_special_tokens=add_special_tokens,
+            )
+            for request_id, prompt, params in requests
+        ]
+        for request in checked:
+            self._core.submit(request)
+            self._unfinished[request.request_id] = request
 
     def abort_request(self, request_id: str | Iterable[str]) -> None:
         """End these requests; `step` returns a last output with the finish reason "abort"."""
@@ -158,8 +167,6 @@ class LLMEngine:
     def shutdown(self) -> None:
         """End all requests and workers, and wait for that; idempotent."""
         self._core.shutdown()
-        if self._settings.model.temporary is not None:
-            self._settings.model.temporary.cleanup()
 
     def __enter__(self) -> Self:
         return self

@@ -38,6 +38,7 @@ class Choice:
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
         self.num_crashes = 0  # of workers that were running it
+        self.num_resumed_tokens = 0  # of `token_ids`, those made before its last dispatch
         self._stop_reason: str | None = None
         self._logprobs: SampleLogprobs = []
         self._pieces: list[str] = []

@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from furiosa_llm.checks import refuse
 from furiosa_llm.devices import parse_devices
 from furiosa_llm.engine.inputs import InputProcessor
 from furiosa_llm.errors import InvalidRequestError
-from furiosa_llm.groups import form_groups
+from furiosa_llm.groups import PEGroup, form_groups
 from furiosa_llm.text.tokenizer import Tokenizer
 from furiosa_llm.topology import discover_topology
 from furiosa_llm.wire.messages import Configure
@@ -32,6 +34,8 @@ DEFAULT_SPARE_BLOCKS_RATIO = 0.2
 OFFLINE_SPARE_BLOCKS_RATIO = 0.0
 MAX_WAITING_SEQUENCES = 65536
 """Beyond what all workers may hold, this many wait in the front-end; more is refused."""
+
+MIN_MODEL_LEN = 2
 
 KV_SHARE_OF_AVAILABLE = 0.4
 """Of the memory that is available, at most this goes to the KV pools of all workers together."""
@@ -70,47 +74,28 @@ def resolve_settings(args: EngineArgs, progress: Progress | None = None) -> Engi
     )
     cache_dir = None if args.cache_dir is None else Path(args.cache_dir)
     model = resolve_model(args.model, cache_dir=cache_dir, weights=args.weights, progress=progress)
+    try:
+        return _settings_of(args, groups, model)
+    except BaseException:
+        if model.temporary is not None:
+            model.temporary.cleanup()
+        raise
+
+
+def _settings_of(
+    args: EngineArgs, groups: tuple[PEGroup, ...], model: ResolvedModel
+) -> EngineSettings:
     artifact = Artifact.open(model.path)
-    config = artifact.config
-    is_offline = bool(args.is_offline)
-    kv_cache_dtype = args.kv_cache_dtype
-    if kv_cache_dtype == "auto":
-        kv_cache_dtype = "fp32" if artifact.weights == "fp32" else "bf16"
-    max_model_len = _max_model_len(args.max_model_len, config.max_model_len)
-    max_num_seqs = args.max_num_seqs or DEFAULT_MAX_NUM_SEQS
-    block_bytes = config.kv_bytes_per_token(_KV_BYTES[kv_cache_dtype]) * args.block_size
-    num_blocks = _num_blocks(args, block_bytes, max_num_seqs, max_model_len, len(groups))
-    max_model_len = _fit_to_pool(args, max_model_len, num_blocks)
-    template = Configure(
-        worker_id=0,
-        epoch=1,
-        endpoint="ipc://to-be-bound",
-        artifact_path=str(model.path.resolve()),
-        backend=args.backend or _default_backend(),
-        cpus=(),
-        kv_cache_dtype=kv_cache_dtype,
-        num_blocks=num_blocks,
-        block_size=args.block_size,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=args.max_num_batched_tokens
-        or (OFFLINE_MAX_NUM_BATCHED_TOKENS if is_offline else DEFAULT_MAX_NUM_BATCHED_TOKENS),
-        max_processing_samples=args.max_processing_samples or DEFAULT_MAX_PROCESSING_SAMPLES,
-        npu_queue_limit=args.npu_queue_limit or DEFAULT_QUEUE_LIMIT,
-        spare_blocks_ratio=_spare_blocks_ratio(args.spare_blocks_ratio, is_offline),
-        is_offline=is_offline,
-        packing_type=args.packing_type,
-        vocab_size=config.vocab_size,
-        mock_tokens_per_s=float(os.environ.get(MOCK_SPEED_VARIABLE) or 0),
+    template = _configure_of(args, artifact, num_workers=len(groups))
+    tokenizer = Tokenizer.from_directory(
+        args.tokenizer or artifact.tokenizer_dir, args.tokenizer_mode
     )
     return EngineSettings(
         model=model,
         inputs=InputProcessor(
-            tokenizer=Tokenizer.from_directory(
-                args.tokenizer or artifact.tokenizer_dir, args.tokenizer_mode
-            ),
-            vocab_size=config.vocab_size,
-            max_model_len=max_model_len,
+            tokenizer=tokenizer,
+            vocab_size=artifact.config.vocab_size,
+            max_model_len=template.max_model_len,
             eos_token_ids=artifact.eos_token_ids,
             engine_seed=args.seed,
         ),
@@ -125,36 +110,89 @@ def resolve_settings(args: EngineArgs, progress: Progress | None = None) -> Engi
     )
 
 
+def _configure_of(args: EngineArgs, artifact: Artifact, *, num_workers: int) -> Configure:
+    """What all workers are told, with the place of what each is told for itself."""
+    config = artifact.config
+    is_offline = bool(args.is_offline)
+    kv_cache_dtype = args.kv_cache_dtype
+    if kv_cache_dtype == "auto":
+        kv_cache_dtype = "fp32" if artifact.weights == "fp32" else "bf16"
+    max_model_len = _max_model_len(args.max_model_len, config.max_model_len)
+    max_num_seqs = args.max_num_seqs or DEFAULT_MAX_NUM_SEQS
+    backend = args.backend or _default_backend()
+    num_blocks = _num_blocks(
+        args,
+        block_bytes=config.kv_bytes_per_token(_KV_BYTES[kv_cache_dtype]) * args.block_size,
+        num_usable=max_num_seqs * -(-max_model_len // args.block_size),
+        num_workers=num_workers,
+        available=None if backend == "mock" else available_memory_bytes(),  # it has no KV cache
+    )
+    return Configure(
+        worker_id=0,
+        epoch=1,
+        endpoint="ipc://to-be-bound",
+        artifact_path=str(artifact.path.resolve()),
+        backend=backend,
+        cpus=(),
+        kv_cache_dtype=kv_cache_dtype,
+        num_blocks=num_blocks,
+        block_size=args.block_size,
+        max_model_len=_fit_to_pool(args, max_model_len, num_blocks),
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=args.max_num_batched_tokens
+        or (OFFLINE_MAX_NUM_BATCHED_TOKENS if is_offline else DEFAULT_MAX_NUM_BATCHED_TOKENS),
+        max_processing_samples=args.max_processing_samples or DEFAULT_MAX_PROCESSING_SAMPLES,
+        npu_queue_limit=args.npu_queue_limit or DEFAULT_QUEUE_LIMIT,
+        spare_blocks_ratio=_spare_blocks_ratio(args.spare_blocks_ratio, is_offline),
+        is_offline=is_offline,
+        packing_type=args.packing_type,
+        vocab_size=config.vocab_size,
+        mock_tokens_per_s=float(os.environ.get(MOCK_SPEED_VARIABLE) or 0),
+    )
+
+
 def _max_model_len(asked: int | None, model_max: int) -> int:
-    if asked is not None and asked > model_max:
-        raise InvalidRequestError(
-            f"--max-model-len: {asked} is more than the {model_max} positions the model was made "
-            f"for: use at most {model_max}",
-            param="max_model_len",
+    if asked is not None and not MIN_MODEL_LEN <= asked <= model_max:
+        raise refuse(
+            "--max-model-len",
+            f"{asked} is not from {MIN_MODEL_LEN} to {model_max}, the positions the model was made "
+            f"for",
         )
     return asked or model_max
 
 
 def _num_blocks(
-    args: EngineArgs, block_bytes: int, max_num_seqs: int, max_model_len: int, num_workers: int
+    args: EngineArgs, *, block_bytes: int, num_usable: int, num_workers: int, available: int | None
 ) -> int:
-    """Blocks of one worker's pool: as asked for, else what its load can use, else what there is."""
+    """Blocks of one worker's pool: as asked for, else what its load can use, else what there is.
+
+    Args:
+        num_usable: what the greatest load would fill.
+        available: bytes of memory for the pools of all workers; None: unknown, or of no matter.
+    """
     if args.paged_attention_num_blocks is not None:
-        return args.paged_attention_num_blocks
-    if args.kv_cache_memory is not None:
-        num_blocks = args.kv_cache_memory // block_bytes
+        flag, num_blocks = "--paged-attention-num-blocks", args.paged_attention_num_blocks
+    elif args.kv_cache_memory is not None:
+        flag, num_blocks = "--kv-cache-memory", args.kv_cache_memory // block_bytes
         if num_blocks == 0:
-            raise InvalidRequestError(
-                f"--kv-cache-memory: {args.kv_cache_memory} bytes hold no block of {block_bytes} "
-                f"bytes ({args.block_size} tokens): give at least {block_bytes}",
-                param="kv_cache_memory",
+            raise refuse(
+                flag,
+                f"{args.kv_cache_memory} bytes hold no block of {block_bytes} bytes "
+                f"({args.block_size} tokens): give at least {block_bytes}",
             )
-        return num_blocks
-    usable = max_num_seqs * -(-max_model_len // args.block_size)
-    available = available_memory_bytes()
-    if available is None:
-        return usable
-    return max(1, min(usable, int(available * KV_SHARE_OF_AVAILABLE / num_workers) // block_bytes))
+    elif available is None:
+        return num_usable
+    else:
+        share = int(available * KV_SHARE_OF_AVAILABLE / num_workers)
+        return max(1, min(num_usable, share // block_bytes))
+    if available is not None and num_workers * num_blocks * block_bytes > available:
+        raise refuse(
+            flag,
+            f"{num_blocks} blocks of {block_bytes} bytes for each of {num_workers} workers are "
+            f"{num_workers * num_blocks * block_bytes} bytes of KV cache, but {available} bytes of "
+            f"memory are available: give at most {available // num_workers // block_bytes} blocks",
+        )
+    return num_blocks
 
 
 def _fit_to_pool(args: EngineArgs, max_model_len: int, num_blocks: int) -> int:
@@ -162,6 +200,12 @@ def _fit_to_pool(args: EngineArgs, max_model_len: int, num_blocks: int) -> int:
     num_tokens = num_blocks * args.block_size
     if num_tokens >= max_model_len:
         return max_model_len
+    if num_tokens < MIN_MODEL_LEN:
+        raise InvalidRequestError(
+            f"{num_blocks} KV blocks of {args.block_size} tokens hold {num_tokens} tokens, and a "
+            f"prompt and its answer need at least {MIN_MODEL_LEN}: give more blocks or memory",
+            param="paged_attention_num_blocks",
+        )
     if args.max_model_len is not None:
         raise InvalidRequestError(
             f"--max-model-len: {max_model_len} tokens need {-(-max_model_len // args.block_size)} "
@@ -181,8 +225,6 @@ def _spare_blocks_ratio(asked: float | None, is_offline: bool) -> float:
 
 def _default_backend() -> str:
     """native where its library was built, else numpy, and it says so."""
-    from importlib.util import find_spec
-
     if find_spec("furiosa_llm.workers.kernels._native") is not None:
         return "native"
     _log.warning("the native kernel was not built: running the slow numpy backend")

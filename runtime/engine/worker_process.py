@@ -9,6 +9,7 @@ import tempfile
 from contextlib import suppress
 from typing import IO
 
+from furiosa_llm.errors import FuriosaLLMError
 from furiosa_llm.wire.messages import Configure
 from furiosa_llm.wire.pipe import pack_configure
 from furiosa_llm.wire.sockets import worker_identity
@@ -30,7 +31,7 @@ class WorkerProcess:
         self.start_deadline_s = start_deadline_s  # on the monotonic clock; moot once it is ready
         self.is_ready = False
         self.next_seq = 0
-        self.start_error: Exception | None = None  # what its StartFailed said
+        self.start_error: FuriosaLLMError | None = None  # what its StartFailed said
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `reap`
         command = [sys.executable, "-m", "furiosa_llm.workers"]
         # For a reader of `ps`; the worker itself is configured over the pipe.
