@@ -110,6 +110,12 @@ class EngineArgs:
     def __post_init__(self) -> None:
         for name, row in _FIELDS.items():
             setattr(self, name, row.check(_flag(name), getattr(self, name)))
+        if self.paged_attention_num_blocks is not None and self.kv_cache_memory is not None:
+            raise refuse(
+                "--kv-cache-memory",
+                f"{self.kv_cache_memory} bytes and --paged-attention-num-blocks "
+                f"{self.paged_attention_num_blocks} both size the KV pool: give one of them",
+            )
 
     @staticmethod
     def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

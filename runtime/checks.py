@@ -50,15 +50,19 @@ def check_number(
     """A finite number within [low, high], as a float; `above`/`below` leave out a bound itself."""
     if (
         not isinstance(value, bool)
-        and isinstance(value, numbers.Real)
-        and low <= float(value) <= high  # false for NaN
+        and _is_real(value)
+        and low <= value <= high  # false for NaN; float() of a huge int would overflow
         and not (above and value == low)
         and not (below and value == high)
     ):
         return float(value)
-    lower = f"above {low:g}" if above else f"from {low:g}"
+    lower = f"above {low:g}" if above else f"{'of at least' if below else 'from'} {low:g}"
     upper = f"and below {high:g}" if below else f"{'and at most' if above else 'to'} {high:g}"
     raise refuse(name, f"{shown(value)} is not a number {lower} {upper}")
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, numbers.Real)  # numpy's numbers are
 
 
 def check_bool(name: str, value: Any) -> bool:

@@ -209,8 +209,9 @@ REFUSED = [
     pytest.param("paged_attention_num_blocks", 0, "at least 1", id="blocks"),
     pytest.param("npu_queue_limit", 0, "0 is not an integer of at least 1", id="queue limit"),
     pytest.param("max_processing_samples", -1, "at least 1", id="samples"),
-    pytest.param("spare_blocks_ratio", 1.0, "from 0 and below 1", id="ratio of one"),
-    pytest.param("spare_blocks_ratio", -0.1, "from 0 and below 1", id="ratio below zero"),
+    pytest.param("spare_blocks_ratio", 1.0, "of at least 0 and below 1", id="ratio of one"),
+    pytest.param("spare_blocks_ratio", 10**400, "is not a number", id="ratio too big for a float"),
+    pytest.param("spare_blocks_ratio", -0.1, "of at least 0 and below 1", id="ratio below zero"),
     pytest.param("spare_blocks_ratio", float("nan"), "nan is not a number", id="ratio nan"),
     pytest.param("weights", "fp8", "not one of auto, fp32", id="weights"),
     pytest.param("kv_cache_dtype", "int8", "not supported yet", id="kv int8"),
@@ -311,3 +312,10 @@ def test_replace_checks_again():
     assert dataclasses.replace(args, seed=1).kv_cache_memory == 1024
     with pytest.raises(InvalidRequestError):
         dataclasses.replace(args, block_size=0)
+
+
+def test_two_sizes_for_one_pool_are_refused():
+    with pytest.raises(
+        InvalidRequestError, match=r"--kv-cache-memory.*--paged-attention-num-blocks"
+    ):
+        EngineArgs("m", paged_attention_num_blocks=64, kv_cache_memory="1GiB")

@@ -63,7 +63,8 @@ def test_kept(name, given, kept):
     [
         ("n", 0), ("n", 17), ("n", True), ("n", 1.0), ("n", "1"), ("best_of", 2), ("best_of", 0),
         ("temperature", -0.1), ("temperature", 100.5), ("temperature", float("nan")),
-        ("temperature", float("inf")), ("temperature", "1"), ("temperature", None),
+        ("temperature", 10**400), ("temperature", float("inf")),
+        ("temperature", "1"), ("temperature", None),
         ("top_p", 0), ("top_p", 1.01), ("top_p", float("nan")),
         ("top_k", -2), ("top_k", 2.0), ("top_k", 2**31), ("min_p", -0.1), ("min_p", 1.1),
         ("repetition_penalty", 0), ("repetition_penalty", 2.1),
