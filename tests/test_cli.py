@@ -18,7 +18,6 @@ from tiny_models import make_checkpoint
 from furiosa_llm import SamplingParams, __version__
 from furiosa_llm.cli import main as cli
 from furiosa_llm.cli.live import Figures, show_answers
-from furiosa_llm.cli.progress import ProgressLines, console_progress
 from furiosa_llm.cli.sampling_options import add_sampling_args, sampling_params
 from furiosa_llm.errors import (
     ArtifactError,
@@ -28,6 +27,7 @@ from furiosa_llm.errors import (
     WorkerDiedError,
     WorkerStartError,
 )
+from furiosa_llm.progress import ProgressLines, console_progress
 from furiosa_llm.workers.artifact.build import build_artifact
 
 SERVE = [sys.executable, "-m", "furiosa_llm"]

@@ -263,7 +263,9 @@ def test_a_program_that_never_shuts_down_leaves_nothing_behind(tmp_path):
         text=True,
         timeout=60,
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    # The build shows its progress; nothing else is said, no warning about what is left behind.
+    assert {line.split(":")[0] for line in done.stderr.splitlines()} == {"packing"}
     num_outputs, pid = done.stdout.split()
     assert num_outputs == "1"
     assert not os.path.exists(f"/proc/{pid}")

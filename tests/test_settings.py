@@ -144,3 +144,12 @@ def test_a_refusal_leaves_no_temporary_artifact(tmp_path, monkeypatch):
     with pytest.raises(InvalidRequestError, match="--max-model-len"):
         resolve_settings(args)
     assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_a_build_shows_its_progress_where_nobody_asked_for_it(tmp_path, capsys):
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", "llama")
+    args = EngineArgs(str(checkpoint), cache_dir=tmp_path / "cache", backend="mock")
+    resolve_settings(args)
+    assert "packing: 100 %" in capsys.readouterr().err
+    resolve_settings(args)  # found in the cache: nothing to show
+    assert capsys.readouterr().err == ""

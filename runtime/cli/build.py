@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from furiosa_llm.cli.progress import console_progress
+from furiosa_llm.progress import console_progress
 
 
 @click.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +15,7 @@ from furiosa_llm.devices import parse_devices
 from furiosa_llm.engine.inputs import InputProcessor
 from furiosa_llm.errors import InvalidRequestError
 from furiosa_llm.groups import PEGroup, form_groups
+from furiosa_llm.progress import console_progress
 from furiosa_llm.text.tokenizer import Tokenizer
 from furiosa_llm.topology import discover_topology
 from furiosa_llm.wire.messages import Configure
@@ -73,7 +75,10 @@ def resolve_settings(args: EngineArgs, progress: Progress | None = None) -> Engi
         tensor_parallel_size=args.tensor_parallel_size,
     )
     cache_dir = None if args.cache_dir is None else Path(args.cache_dir)
-    model = resolve_model(args.model, cache_dir=cache_dir, weights=args.weights, progress=progress)
+    with nullcontext(progress) if progress is not None else console_progress() as shown_progress:
+        model = resolve_model(
+            args.model, cache_dir=cache_dir, weights=args.weights, progress=shown_progress
+        )
     try:
         return _settings_of(args, groups, model)
     except BaseException:

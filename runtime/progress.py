@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TextIO
+from contextlib import ExitStack, contextmanager
+from typing import Any, TextIO
 
 Progress = Callable[[str, int, int], None]
 """(what is being done, how much of it is done, of how much)"""
@@ -47,17 +47,30 @@ class ProgressLines:
 
 @contextmanager
 def _bars(stream: TextIO) -> Iterator[Progress]:
-    from rich.console import Console
-    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
-    task_of = {}
-    with Bars(*columns, TimeRemainingColumn(), console=Console(file=stream)) as bars:
+    with ExitStack() as stack:
+        bars: Any = None  # made with the first progress: mostly there is none, and rich is large
+        task_of: dict[str, Any] = {}
 
         def progress(stage: str, done: int, total: int) -> None:
+            nonlocal bars
+            if bars is None:
+                bars = stack.enter_context(_make_bars(stream))
             if stage not in task_of:
                 task_of[stage] = bars.add_task(stage, total=total)
             bars.update(task_of[stage], completed=done, total=total)
 
         yield progress
+
+
+def _make_bars(stream: TextIO) -> Any:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=Console(file=stream))
