@@ -1,0 +1,1 @@
+"""The client library: talks to a daemon over its socket, without the engine."""

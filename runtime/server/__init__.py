@@ -1,0 +1,1 @@
+"""The HTTP API and the socket service of the daemon."""
