@@ -8,6 +8,7 @@ name, never ignored.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Self
@@ -20,9 +21,14 @@ from furiosa_llm.checks import (
     refuse,
     shown,
 )
-from furiosa_llm.scheduler.params import GREEDY_TEMPERATURE
+from furiosa_llm.scheduler.params import (
+    GREEDY_TEMPERATURE,
+    MAX_BIAS,
+    MAX_BIASES,
+    MAX_PENALTY,
+)
 
-MAX_N = 16
+MAX_N = 128
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
@@ -38,9 +44,6 @@ _UNSUPPORTED_DEFAULT = {
     "guided_decoding": None,
     "reasoning_structured_outputs": None,
     "extra_args": None,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "logit_bias": None,
     "bad_words": None,
     "allowed_token_ids": None,
 }
@@ -74,7 +77,7 @@ class SamplingParams:
     """
 
     n: int = 1
-    """Choices to produce, 1 to 16. Each has random numbers of its own."""
+    """Choices to produce, 1 to 128. Each has random numbers of its own."""
     best_of: int | None = None
     """None, or equal to `n` and then stored as None: choices are not ranked in this version."""
     temperature: float = 1.0
@@ -87,6 +90,12 @@ class SamplingParams:
     """Drop tokens less likely than this share of the likeliest token's probability; 0 to 1."""
     repetition_penalty: float = 1.0
     """Above 0, to 2; over 1 discourages every token of the prompt and of the output so far."""
+    presence_penalty: float = 0.0
+    """-2 to 2; subtracted from the logits of all tokens that the output so far holds."""
+    frequency_penalty: float = 0.0
+    """-2 to 2; as the presence penalty, times how often the output so far holds the token."""
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] | None = None
+    """{token id: -100 to 100}, 1024 at most, added to the logits; stored as pairs by token id."""
     stop: tuple[str, ...] | list[str] | str | None = None
     """Strings that end a choice, stored as a tuple. Empty ones are dropped."""
     stop_token_ids: tuple[int, ...] | list[int] | None = None
@@ -115,9 +124,6 @@ class SamplingParams:
     guided_decoding: Any = None
     reasoning_structured_outputs: Any = None
     extra_args: dict[str, Any] | None = None
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: dict[int, float] | None = None
     bad_words: list[str] | None = None
     allowed_token_ids: list[int] | None = None
 
@@ -139,6 +145,10 @@ class SamplingParams:
             "repetition_penalty",
             check_number("repetition_penalty", self.repetition_penalty, low=0, high=2, above=True),
         )
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = check_number(name, getattr(self, name), low=-MAX_PENALTY, high=MAX_PENALTY)
+            self._set(name, value)
+        self._set("logit_bias", _check_logit_bias(self.logit_bias))
         self._set("stop", _check_stop(self.stop))
         self._set("stop_token_ids", _check_stop_token_ids(self.stop_token_ids))
         for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
@@ -182,6 +192,32 @@ def _check_best_of(best_of: int | None, n: int) -> None:
             f"{best_of} differs from n={n}, and ranking choices is not supported in this version: "
             f"leave best_of out",
         )
+
+
+def _check_logit_bias(biases: object) -> tuple[tuple[int, float], ...] | None:
+    if biases is None:
+        return None
+    if isinstance(biases, Mapping):
+        pairs = list(biases.items())
+    elif isinstance(biases, list | tuple) and all(map(_is_pair, biases)):
+        pairs = list(biases)
+    else:
+        raise refuse("logit_bias", f"{shown(biases)} is not a mapping from token ids to numbers")
+    if len(pairs) > MAX_BIASES:
+        raise refuse("logit_bias", f"{len(pairs)} token ids are more than {MAX_BIASES}")
+    checked = {
+        check_int("logit_bias", token_id, low=0): check_number(
+            "logit_bias", bias, low=-MAX_BIAS, high=MAX_BIAS
+        )
+        for token_id, bias in pairs
+    }
+    if len(checked) < len(pairs):
+        raise refuse("logit_bias", f"{shown(biases)} holds a token id twice")
+    return tuple(sorted(checked.items())) or None
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2
 
 
 def _check_stop(stop: object) -> tuple[str, ...]:

@@ -20,10 +20,14 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     seed: int = 0
     choice_index: int = 0
     num_logprobs: int = -1
     history: Sequence[int] = ()
+    history_prompt_len: int = 0
+    biases: Sequence[tuple[int, float]] = ()  # ascending by token id
     suppressed: Sequence[int] = ()
 
 
@@ -54,6 +58,8 @@ def step_batch(rows: Sequence[Row], **overrides: Any) -> StepBatch:
     token_ids, row_offsets = flat([row.token_ids for row in rows])
     block_ids, block_offsets = flat([row.block_ids for row in rows])
     history_ids, history_offsets = flat([sample.history for sample in samples])
+    bias_ids, bias_offsets = flat([[i for i, _ in sample.biases] for sample in samples])
+    bias_values = [value for sample in samples for _, value in sample.biases]
     suppressed_ids, suppressed_offsets = flat([sample.suppressed for sample in samples])
     arrays = {
         "token_ids": token_ids,
@@ -67,11 +73,17 @@ def step_batch(rows: Sequence[Row], **overrides: Any) -> StepBatch:
         "top_p": each("top_p", np.float32),
         "min_p": each("min_p", np.float32),
         "repetition_penalty": each("repetition_penalty", np.float32),
+        "presence_penalty": each("presence_penalty", np.float32),
+        "frequency_penalty": each("frequency_penalty", np.float32),
         "seed": each("seed", np.uint64),
         "choice_index": each("choice_index", np.int32),
         "num_logprobs": each("num_logprobs", np.int32),
         "history_ids": history_ids,
         "history_offsets": history_offsets,
+        "history_prompt_lens": each("history_prompt_len", np.int32),
+        "bias_ids": bias_ids,
+        "bias_values": np.array(bias_values, dtype=np.float32),
+        "bias_offsets": bias_offsets,
         "suppressed_ids": suppressed_ids,
         "suppressed_offsets": suppressed_offsets,
     }

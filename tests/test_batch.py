@@ -18,6 +18,7 @@ from furiosa_llm.workers.executor import StepBatch
 GREEDY = SequenceParams(max_tokens=9)
 SAMPLED = SequenceParams(
     max_tokens=9, temperature=0.5, top_k=7, top_p=0.25, min_p=0.125, repetition_penalty=1.5,
+    presence_penalty=0.5, frequency_penalty=-0.25, bias_token_ids=(3, 8), bias_values=(1.5, -100.0),
     seed=2**64 - 1, choice_index=3, num_logprobs=2,
 )  # fmt: skip
 
@@ -39,7 +40,7 @@ def test_rows_lie_end_to_end() -> None:
         StepRow(11, start=4, token_ids=(4, 5), block_ids=(6, 7), params=None),
         StepRow(
             12, start=8, token_ids=(6,), block_ids=(8, 9, 0), params=SAMPLED,
-            suppressed_token_ids=(2, 3), history=(1, 2, 6),
+            suppressed_token_ids=(2, 3), history=(1, 2, 6), num_history_prompt=2,
         ),
     )  # fmt: skip
     expected = {
@@ -54,11 +55,17 @@ def test_rows_lie_end_to_end() -> None:
         "top_p": [1, 0.25],
         "min_p": [0, 0.125],
         "repetition_penalty": [1, 1.5],
+        "presence_penalty": [0, 0.5],
+        "frequency_penalty": [0, -0.25],
         "seed": [0, 2**64 - 1],
         "choice_index": [0, 3],
         "num_logprobs": [-1, 2],
         "history_ids": [1, 2, 6],
         "history_offsets": [0, 0, 3],
+        "history_prompt_lens": [0, 2],
+        "bias_ids": [3, 8],
+        "bias_values": [1.5, -100],
+        "bias_offsets": [0, 0, 2],
         "suppressed_ids": [2, 3],
         "suppressed_offsets": [0, 0, 2],
     }
@@ -74,7 +81,10 @@ def test_a_step_that_samples_nothing_has_empty_columns() -> None:
 
 def test_arrays_have_the_types_and_the_layout_that_kernels_read() -> None:
     batch = build(StepRow(1, start=0, token_ids=(1, 2), block_ids=(0, 1), params=SAMPLED))
-    floats = {"temperature", "top_p", "min_p", "repetition_penalty"}
+    floats = {
+        "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty",
+        "frequency_penalty", "bias_values",
+    }  # fmt: skip
     for field in dataclasses.fields(StepBatch):
         array = getattr(batch, field.name)
         expected = np.float32 if field.name in floats else np.int32
@@ -129,9 +139,10 @@ def test_what_is_kept_between_batches_never_shows() -> None:
             assert np.array_equal(getattr(kept.batch, name), getattr(fresh.batch, name)), name
 
 
+@pytest.mark.parametrize("penalty", ["repetition_penalty", "frequency_penalty"])
 @pytest.mark.parametrize("queue_limit", [1, 2, 4])
 def test_with_steps_in_flight_every_row_sees_the_tokens_it_would_have_seen_without(
-    queue_limit: int,
+    queue_limit: int, penalty: str
 ) -> None:
     """A real scheduler, under memory pressure, against sequences that are only lists."""
     scheduler = Scheduler(
@@ -141,7 +152,7 @@ def test_with_steps_in_flight_every_row_sees_the_tokens_it_would_have_seen_witho
         )
     )  # fmt: skip
     builder, recent = BatchBuilder(), RecentSamples(queue_limit)
-    params = SequenceParams(max_tokens=8, repetition_penalty=1.5)
+    params = SequenceParams(max_tokens=8, **{penalty: 1.5})
     known = {i: [i * 10 + k for k in range(3 + i)] for i in range(6)}
     for i, prompt in known.items():
         assert scheduler.add(i, prompt, len(prompt), params) is None
@@ -162,7 +173,10 @@ def test_with_steps_in_flight_every_row_sees_the_tokens_it_would_have_seen_witho
             if row.params is not None:
                 place = len(sampled)
                 history = slice(batch.history_offsets[place], batch.history_offsets[place + 1])
-                assert batch.history_ids[history].tolist() == known[row.sequence_id][:end]
+                num_prompt = 3 + row.sequence_id
+                first = 0 if penalty == "repetition_penalty" else num_prompt
+                assert batch.history_ids[history].tolist() == known[row.sequence_id][first:end]
+                assert batch.history_prompt_lens[place] == num_prompt - first
                 token_id = 1000 + row.sequence_id * 100 + end  # of the position, as it must be
                 if len(known[row.sequence_id]) == end:
                     known[row.sequence_id].append(token_id)

@@ -16,6 +16,7 @@ from worker_process import make_configure
 from furiosa_llm.scheduler.params import SequenceParams
 from furiosa_llm.wire import codec
 from furiosa_llm.wire.codec import (
+    MAX_BIASES,
     MAX_LOGPROBS,
     MAX_MESSAGE_BYTES,
     MAX_ROWS,
@@ -28,11 +29,15 @@ from furiosa_llm.wire.codec import (
 )
 from furiosa_llm.wire.errors import WireError
 from furiosa_llm.wire.messages import (
+    MAX_FRONT_ENDS,
     PROTOCOL_VERSION,
     Abort,
     Add,
     Added,
+    Attach,
     Configure,
+    Idle,
+    Leaving,
     Message,
     Ping,
     Pong,
@@ -42,6 +47,7 @@ from furiosa_llm.wire.messages import (
     StartFailed,
     TokenLogprobs,
     Tokens,
+    WorkerLoad,
 )
 from furiosa_llm.wire.pipe import pack_configure, read_configure
 
@@ -61,19 +67,26 @@ def tuples(values: st.SearchStrategy[Any], max_size: int = 8) -> st.SearchStrate
 
 
 sender = {"worker_id": int32s, "epoch": int64s, "seq": int64s}
-params = st.builds(
-    SequenceParams,
-    max_tokens=counts,
-    min_tokens=int32s,
-    stop_token_ids=tuples(int32s),
-    temperature=st.floats(0, 1e300),
-    top_k=int32s,
-    top_p=st.floats(0, 1, exclude_min=True),
-    min_p=st.floats(0, 1),
-    repetition_penalty=st.floats(0, 1e300, exclude_min=True),
-    seed=st.integers(0, 2**64 - 1),
-    choice_index=int32s,
-    num_logprobs=st.integers(-1, MAX_LOGPROBS),
+bias_ids = st.lists(int32s, max_size=4, unique=True).map(sorted).map(tuple)
+params = bias_ids.flatmap(
+    lambda ids: st.builds(
+        SequenceParams,
+        bias_token_ids=st.just(ids),
+        bias_values=st.tuples(*[st.floats(-100, 100)] * len(ids)),
+        max_tokens=counts,
+        min_tokens=int32s,
+        stop_token_ids=tuples(int32s),
+        temperature=st.floats(0, 1e300),
+        top_k=int32s,
+        top_p=st.floats(0, 1, exclude_min=True),
+        min_p=st.floats(0, 1),
+        repetition_penalty=st.floats(0, 1e300, exclude_min=True),
+        seed=st.integers(0, 2**64 - 1),
+        choice_index=int32s,
+        num_logprobs=st.integers(-1, MAX_LOGPROBS),
+        presence_penalty=st.floats(-2, 2),
+        frequency_penalty=st.floats(-2, 2),
+    )
 )
 configures = st.builds(
     Configure,
@@ -114,6 +127,18 @@ def token_logprobs(draw: st.DrawFn) -> TokenLogprobs:
     )
 
 
+loads = st.builds(
+    WorkerLoad,
+    num_running=int32s,
+    num_waiting=int32s,
+    num_free_blocks=int32s,
+    num_preemptions=int64s,
+    num_steps=int64s,
+    num_computed_tokens=int64s,
+    num_output_tokens=int64s,
+)
+
+
 @st.composite
 def tokens(draw: st.DrawFn) -> Tokens:
     rows = draw(st.lists(st.tuples(int64s, int32s, st.integers(0, 2)), max_size=8))
@@ -130,8 +155,7 @@ def tokens(draw: st.DrawFn) -> Tokens:
         tuple(row[1] for row in rows),
         tuple(row[2] for row in rows),
         tuple(logprobs.items()),
-        *[draw(int32s) for _ in range(3)],
-        num_preemptions=draw(int64s),
+        draw(loads),
     )
 
 
@@ -140,6 +164,7 @@ to_worker = st.one_of(
     st.builds(Abort, tuples(int64s)),
     st.builds(Ping, int64s),
     st.just(Shutdown()),
+    st.builds(Attach, front_end=st.integers(1, MAX_FRONT_ENDS - 1), endpoint=texts),
 )
 from_worker = st.one_of(
     st.builds(Ready, **sender, pid=counts, isa=texts, num_blocks=int32s),
@@ -147,6 +172,8 @@ from_worker = st.one_of(
     st.builds(Added, **sender, sequence_ids=tuples(int64s)),
     st.builds(Refused, **sender, sequence_id=int64s, error_code=texts, message=texts),
     tokens(),
+    st.builds(Idle, **sender, load=loads),
+    st.builds(Leaving, **sender),
     st.builds(Pong, **sender, nonce=int64s),
 )
 messages = st.one_of(configures, to_worker, from_worker)
@@ -171,8 +198,8 @@ def test_a_message_survives_the_way_through_its_own_decoder_only(message: Messag
 
 def test_the_strategies_above_make_every_message() -> None:
     assert set(codec._FIELDS) == {
-        Configure, Add, Abort, Ping, Shutdown,
-        Ready, StartFailed, Added, Refused, Tokens, Pong,
+        Configure, Add, Abort, Ping, Shutdown, Attach,
+        Ready, StartFailed, Added, Refused, Tokens, Idle, Leaving, Pong,
     }  # fmt: skip
 
 
@@ -188,7 +215,8 @@ def test_ids_travel_as_little_endian_bytes() -> None:
 
 ADD = Add(5, (1, 2, 3), 2, SequenceParams(max_tokens=4))
 LOGPROBS = TokenLogprobs(-0.5, 1, (7,), (-0.5,))
-TOKENS = Tokens(0, 1, 2, (5, 6), (7, 8), (0, 1), ((1, LOGPROBS),), 1, 0, 10, 0)
+LOAD = WorkerLoad(1, 0, 10, 0, 7, 90, 6)
+TOKENS = Tokens(0, 1, 2, (5, 6), (7, 8), (0, 1), ((1, LOGPROBS),), LOAD)
 REFUSED = Refused(0, 1, 2, 5, "overloaded", "too many")
 
 
@@ -214,6 +242,12 @@ REFUSED = Refused(0, 1, 2, 5, "overloaded", "too many")
         (TOKENS, {"logprobs": ((2, LOGPROBS),)}, "Tokens: logprobs of a row that is not there"),
         (TOKENS, {"logprobs": (LOGPROBS,)}, "Tokens.logprobs: "),
         (TOKENS, {"sequence_ids": tuple(range(MAX_ROWS + 1))}, "values are not in 0..8192"),
+        (TOKENS, {"load": None}, "Tokens.load: None is not a WorkerLoad"),
+        (
+            TOKENS,
+            {"load": dataclasses.replace(LOAD, num_steps=-1)},
+            "Tokens.load: WorkerLoad.num_steps: -1 is not in 0..",
+        ),
         (REFUSED, {"message": b"bytes"}, "Refused.message: a bytes of length 5 is not text"),
         (REFUSED, {"message": "\ud800"}, "Refused.message: the text has a lone surrogate"),
         (REFUSED, {"message": "é" * (MAX_TEXT_BYTES // 2 + 1)}, "bytes of text are over"),
@@ -239,6 +273,9 @@ PARAMS = SequenceParams(max_tokens=4)
         {"top_p": 1.1}, {"min_p": -0.1}, {"min_p": 1.1}, {"repetition_penalty": 0},
         {"seed": -1}, {"seed": 2**64}, {"choice_index": -1}, {"num_logprobs": -2},
         {"num_logprobs": MAX_LOGPROBS + 1}, {"stop_token_ids": (-1,)},
+        {"presence_penalty": 2.1}, {"presence_penalty": math.nan}, {"frequency_penalty": -2.1},
+        {"bias_token_ids": (-1,)}, {"bias_values": (math.inf,)},
+        {"bias_token_ids": tuple(range(MAX_BIASES + 1))},
     ],
     ids=str,
 )  # fmt: skip
@@ -246,6 +283,24 @@ def test_params_out_of_range_are_refused(changes: dict[str, Any]) -> None:
     (field,) = changes
     with pytest.raises(WireError, match=rf"Add.params: SequenceParams.{field}: "):
         encode(dataclasses.replace(ADD, params=dataclasses.replace(PARAMS, **changes)))
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "values"),
+    [
+        pytest.param((1, 2), (0.5,), id="of unequal number"),
+        pytest.param((2, 1), (0.5, 0.5), id="not ascending"),
+        pytest.param((1, 1), (0.5, 0.5), id="one twice"),
+        pytest.param((1,), (100.5,), id="too large"),
+        pytest.param((1,), (-100.5,), id="too small"),
+    ],
+)
+def test_biases_that_do_not_fit_are_refused(
+    token_ids: tuple[int, ...], values: tuple[float, ...]
+) -> None:
+    params = dataclasses.replace(PARAMS, bias_token_ids=token_ids, bias_values=values)
+    with pytest.raises(WireError, match="SequenceParams: bias"):
+        encode(dataclasses.replace(ADD, params=params))
 
 
 @pytest.mark.parametrize(
@@ -284,8 +339,8 @@ def envelope_of(message: Message) -> list[Any]:
         (3, b"\xff\xff\xff\xff", "Add.token_ids: -1 is negative"),
         (3, b"", "Add.token_ids: 0 values are not in 1.."),
         (4, 9, "Add: 9 prompt tokens of 3 tokens"),
-        (5, [], "Add.params: a list of 0 is not a list of 11"),
-        (5, {}, "Add.params: {} is not a list of 11"),
+        (5, [], "Add.params: a list of 0 is not a list of 15"),
+        (5, {}, "Add.params: {} is not a list of 15"),
     ],
 )
 def test_a_wrong_field_is_refused_where_it_arrives(place: int, value: object, reason: str) -> None:
@@ -319,7 +374,18 @@ def decode_all(data: bytes) -> list[Message]:
 
 ONE_OF_EACH = [
     encode(message)
-    for message in (ADD, TOKENS, REFUSED, Abort((1, 2)), Ping(1), Shutdown(), Pong(0, 1, 2, 3))
+    for message in (
+        ADD,
+        TOKENS,
+        REFUSED,
+        Abort((1, 2)),
+        Ping(1),
+        Shutdown(),
+        Pong(0, 1, 2, 3),
+        Idle(0, 1, 2, LOAD),
+        Attach(1, "ipc:///x"),
+        Leaving(0, 1, 2),
+    )
 ]
 
 
@@ -373,7 +439,10 @@ nested = st.recursive(
 )
 
 
-@given(st.sampled_from([Add, Abort, Configure, Tokens, Ready, Pong]), st.lists(nested, max_size=12))
+@given(
+    st.sampled_from([Add, Abort, Configure, Tokens, Ready, Idle, Pong]),
+    st.lists(nested, max_size=12),
+)
 def test_well_formed_messagepack_of_the_wrong_shape_is_refused(cls: Any, fields: list[Any]) -> None:
     for message in decode_all(msgpack.packb([PROTOCOL_VERSION, cls.CODE, *fields])):
         assert decode_all(encode(message)) == [message]

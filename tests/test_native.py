@@ -7,6 +7,7 @@ import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -314,10 +315,15 @@ samplings = st.builds(
     top_p=st.sampled_from([1.0, 0.95, 0.5, 0.01]),
     min_p=st.sampled_from([0.0, 0.05, 1.0]),
     repetition_penalty=st.sampled_from([1.0, 1.3, 0.5]),
+    presence_penalty=st.sampled_from([0.0, 0.7, -2.0]),
+    frequency_penalty=st.sampled_from([0.0, 0.3, 2.0, -0.1]),
     seed=st.integers(0, 2**64 - 1),
     choice_index=st.integers(0, 7),
     num_logprobs=st.sampled_from([-1, 0, 4]),
-    history=st.lists(st.integers(0, 999), max_size=30),
+    history=st.lists(st.integers(0, 999) | st.integers(0, 5), max_size=30),
+    biases=st.dictionaries(
+        st.integers(0, 999), st.sampled_from([-100.0, -0.3, 0.0, 4.5, 100.0]), max_size=6
+    ).map(lambda biases: sorted(biases.items())),
     suppressed=st.lists(st.integers(0, 999), max_size=8),
 )
 
@@ -335,6 +341,8 @@ def test_sampling_equals_the_numpy_sampler(
     logits = np.random.default_rng(seed).standard_normal((len(rows), 1000)).astype(np.float32) * 3
     if has_ties:
         logits = np.round(logits)
+    rng = np.random.default_rng(seed)
+    rows = [replace(r, history_prompt_len=int(rng.integers(len(r.history) + 1))) for r in rows]
     batch = step_batch([Row(position - 1, [0], [], row) for row in rows])
     expected = sampler.sample(logits, batch)
     for isa in ISAS:
@@ -374,6 +382,14 @@ def int32(*values: int) -> np.ndarray:
     return np.array(values, np.int32)
 
 
+def biases(token_ids: list[int], values: list[float]) -> dict[str, np.ndarray]:
+    return {
+        "bias_ids": int32(*token_ids),
+        "bias_values": np.array(values, np.float32),
+        "bias_offsets": int32(0, len(token_ids)),
+    }
+
+
 @pytest.mark.parametrize(
     ("overrides", "match"),
     [
@@ -388,7 +404,15 @@ def int32(*values: int) -> np.ndarray:
         ({"block_offsets": int32(0, 9)}, "block_offsets ends at 9 of 2"),
         ({"sample_rows": int32(1)}, "sample_rows: row 1"),
         ({"history_offsets": int32(0, 4)}, "history_offsets ends at 4 of 0"),
+        ({"history_prompt_lens": int32(1)}, "row 0 has 1 prompt tokens in a history of 0"),
+        ({"history_prompt_lens": int32(-1)}, "row 0 has -1 prompt tokens"),
+        ({"bias_offsets": int32(0, 1)}, "bias_offsets ends at 1 of 0"),
+        (biases([VOCAB_SIZE], [1.0]), f"biased token id {VOCAB_SIZE} is outside"),
+        (biases([5, 5], [1.0, 1.0]), "biases that do not ascend"),
+        (biases([5], [np.nan]), "or are not finite"),
         ({"temperature": np.array([np.nan], np.float32)}, "parameter out of range"),
+        ({"presence_penalty": np.array([np.inf], np.float32)}, "parameter out of range"),
+        ({"frequency_penalty": np.array([np.nan], np.float32)}, "parameter out of range"),
         ({"repetition_penalty": np.zeros(1, np.float32)}, "parameter out of range"),
         ({"top_p": np.zeros(1, np.float64)}, "top_p is float64"),
         ({"top_p": np.zeros(2, np.float32)}, "top_p is float32 \\(2,\\)"),

@@ -152,6 +152,35 @@ def test_repetition_penalty(logits, penalty, history, expected):
     assert result.token_ids[0] == expected
 
 
+@pytest.mark.parametrize(
+    ("logits", "options", "expected"),
+    [
+        pytest.param([3.0, 2.5, 0.0], {"presence_penalty": 1.0}, 1, id="presence, once"),
+        pytest.param([3.0, 1.5, 0.0], {"presence_penalty": 1.0}, 0, id="however often it occurs"),
+        pytest.param([3.0, 1.5, 0.0], {"frequency_penalty": 1.0}, 1, id="frequency, each time"),
+        pytest.param([3.0, 0.5, 0.0], {"frequency_penalty": 1.0}, 0, id="twice and no more"),
+        pytest.param([0.0, 0.0, 0.5], {"frequency_penalty": -1.0}, 0, id="below 0 it rewards"),
+        pytest.param([9.0, 2.5, 9.9], {"presence_penalty": 2.0}, 2, id="the prompt is exempt"),
+        pytest.param(
+            [3.0, 0.4, 0.0],
+            {"presence_penalty": 0.5, "frequency_penalty": 1.0, "repetition_penalty": 1.0},
+            0, id="both add up",
+        ),
+        pytest.param(
+            [4.0, 0.5, 0.1],
+            {"frequency_penalty": 1.0, "repetition_penalty": 2.0},
+            1, id="after the repetition penalty",
+        ),
+        pytest.param([0.0, 1.0, 2.0], {"biases": [(0, 2.5)]}, 0, id="a bias"),
+        pytest.param([0.0, 1.0, 99.0], {"biases": [(2, -100.0)]}, 1, id="a ban"),
+    ],
+)  # fmt: skip
+def test_openai_penalties_and_biases(logits, options, expected):
+    """Token 0 was generated twice; token 2 is in the prompt."""
+    sampling = Sampling(history=[2, 2, 2, 0, 0], history_prompt_len=3, **options)
+    assert sample_rows([logits], sampling).token_ids[0] == expected
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_suppressed_tokens_are_never_sampled(temperature):
     samplings = [

@@ -27,7 +27,7 @@ def test_keyword_only():
 @pytest.mark.parametrize(
     ("name", "given", "kept"),
     [
-        pytest.param("n", 16, 16, id="n"),
+        pytest.param("n", 128, 128, id="n"),
         pytest.param("best_of", 1, None, id="best_of equal to n says nothing more"),
         pytest.param("temperature", 0, 0.0, id="an int is a number"),
         pytest.param("temperature", np.float32(0.5), 0.5, id="numpy's number"),
@@ -50,7 +50,11 @@ def test_keyword_only():
         pytest.param("seed", -(2**63), -(2**63), id="negative seed"),
         pytest.param("output_kind", 1, RequestOutputKind.DELTA, id="output_kind by number"),
         pytest.param("length_penalty", 1, 1.0, id="a beam parameter at its default"),
-        pytest.param("presence_penalty", 0, 0.0, id="a penalty at its default"),
+        pytest.param("presence_penalty", -2, -2.0, id="presence_penalty"),
+        pytest.param("frequency_penalty", 2, 2.0, id="frequency_penalty"),
+        pytest.param("logit_bias", {7: 1, 3: -0.5}, ((3, -0.5), (7, 1.0)), id="logit_bias"),
+        pytest.param("logit_bias", [[7, 1]], ((7, 1.0),), id="logit_bias as pairs"),
+        pytest.param("logit_bias", {}, None, id="no logit_bias"),
     ],
 )
 def test_kept(name, given, kept):
@@ -61,13 +65,18 @@ def test_kept(name, given, kept):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("n", 0), ("n", 17), ("n", True), ("n", 1.0), ("n", "1"), ("best_of", 2), ("best_of", 0),
+        ("n", 0), ("n", 129), ("n", True), ("n", 1.0), ("n", "1"), ("best_of", 2), ("best_of", 0),
         ("temperature", -0.1), ("temperature", 100.5), ("temperature", float("nan")),
         ("temperature", 10**400), ("temperature", float("inf")),
         ("temperature", "1"), ("temperature", None),
         ("top_p", 0), ("top_p", 1.01), ("top_p", float("nan")),
         ("top_k", -2), ("top_k", 2.0), ("top_k", 2**31), ("min_p", -0.1), ("min_p", 1.1),
         ("repetition_penalty", 0), ("repetition_penalty", 2.1),
+        ("presence_penalty", 2.1), ("presence_penalty", np.zeros(2)), ("frequency_penalty", -2.1),
+        ("frequency_penalty", "1"), ("logit_bias", 3), ("logit_bias", {-1: 1.0}),
+        ("logit_bias", {"1": 1.0}), ("logit_bias", {1: 100.1}), ("logit_bias", {1: float("nan")}),
+        ("logit_bias", {1: None}), ("logit_bias", dict.fromkeys(range(1025), 1.0)),
+        ("logit_bias", ((1, 0.0), (1, 0.0))), ("logit_bias", [(1, 0.0, 2)]),
         ("stop", 3), ("stop", ["a", 3]), ("stop", ["a"] * 17), ("stop", "a" * 1025),
         ("stop_token_ids", 3), ("stop_token_ids", [-1]), ("stop_token_ids", [True]),
         ("stop_token_ids", ["3"]), ("stop_token_ids", list(range(65))),
@@ -94,9 +103,8 @@ def test_refused(name, value):
     [
         ("use_beam_search", True), ("length_penalty", 0.5), ("early_stopping", "never"),
         ("prompt_logprobs", 0), ("structured_outputs", {}), ("guided_decoding", {}),
-        ("reasoning_structured_outputs", True), ("extra_args", {}), ("presence_penalty", 0.1),
-        ("frequency_penalty", -1), ("logit_bias", {}), ("bad_words", []),
-        ("allowed_token_ids", []), ("presence_penalty", np.zeros(2)),
+        ("reasoning_structured_outputs", True), ("extra_args", {}), ("bad_words", []),
+        ("allowed_token_ids", []), ("length_penalty", np.zeros(2)),
     ],
 )  # fmt: skip
 def test_what_this_version_cannot_do_is_refused_by_name(name, value):
@@ -131,7 +139,8 @@ def test_from_optional():
 def test_equality_sees_every_field_and_equal_values_hash_alike():
     assert SamplingParams(top_p=0.5) != SamplingParams(top_p=0.6)
     assert SamplingParams(top_k=5) != SamplingParams(top_k=6)
-    one, other = SamplingParams(stop=["a"], temperature=1), SamplingParams(stop="a")
+    one = SamplingParams(stop=["a"], temperature=1, logit_bias={1: 0.5, 2: 1})
+    other = SamplingParams(stop="a", logit_bias={2: 1.0, 1: 0.5})
     assert one == other
     assert hash(one) == hash(other)
 
@@ -147,7 +156,7 @@ def test_it_cannot_be_changed_from_outside():
 
 
 def test_clone_and_replace():
-    params = SamplingParams(n=3, best_of=3, stop="a", logprobs=True)
+    params = SamplingParams(n=3, best_of=3, stop="a", logprobs=True, logit_bias={3: 1, 1: 2})
     assert params.clone() == params
     assert params.clone() is not params
     assert dataclasses.replace(params, n=2).n == 2

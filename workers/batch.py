@@ -78,9 +78,14 @@ class _ParamColumns:
     top_p: Float32
     min_p: Float32
     repetition_penalty: Float32
+    presence_penalty: Float32
+    frequency_penalty: Float32
     seed: UInt64
     choice_index: Int32
     num_logprobs: Int32
+    bias_ids: Int32
+    bias_values: Float32
+    bias_offsets: Int32
 
     @classmethod
     def of(cls, params: list[SequenceParams]) -> _ParamColumns:
@@ -90,9 +95,14 @@ class _ParamColumns:
             top_p=np.array([p.top_p for p in params], np.float32),
             min_p=np.array([p.min_p for p in params], np.float32),
             repetition_penalty=np.array([p.repetition_penalty for p in params], np.float32),
+            presence_penalty=np.array([p.presence_penalty for p in params], np.float32),
+            frequency_penalty=np.array([p.frequency_penalty for p in params], np.float32),
             seed=np.array([p.seed for p in params], np.uint64),
             choice_index=np.array([p.choice_index for p in params], np.int32),
             num_logprobs=np.array([p.num_logprobs for p in params], np.int32),
+            bias_ids=_flat((p.bias_token_ids for p in params), -1),
+            bias_values=np.fromiter(chain.from_iterable(p.bias_values for p in params), np.float32),
+            bias_offsets=_offsets([len(p.bias_token_ids) for p in params]),
         )
 
 
@@ -130,11 +140,17 @@ class BatchBuilder:
             top_p=columns.top_p,
             min_p=columns.min_p,
             repetition_penalty=columns.repetition_penalty,
+            presence_penalty=columns.presence_penalty,
+            frequency_penalty=columns.frequency_penalty,
             seed=columns.seed,
             choice_index=columns.choice_index,
             num_logprobs=columns.num_logprobs,
             history_ids=_flat((row.history for row in sampling), int(history_offsets[-1])),
             history_offsets=history_offsets,
+            history_prompt_lens=np.array([row.num_history_prompt for row in sampling], np.int32),
+            bias_ids=columns.bias_ids,
+            bias_values=columns.bias_values,
+            bias_offsets=columns.bias_offsets,
             suppressed_ids=_flat((row.suppressed_token_ids for row in sampling), -1),
             suppressed_offsets=_offsets([len(row.suppressed_token_ids) for row in sampling]),
         )

@@ -36,12 +36,18 @@ class StepBatch:
     top_k: Int32  # (S,) 0 is off
     top_p: Float32  # (S,)
     min_p: Float32  # (S,)
-    repetition_penalty: Float32  # (S,)
+    repetition_penalty: Float32  # (S,) over the whole history; 1 is off
+    presence_penalty: Float32  # (S,) over the history's output part; 0 is off
+    frequency_penalty: Float32  # (S,) as presence_penalty
     seed: UInt64  # (S,)
     choice_index: Int32  # (S,)
     num_logprobs: Int32  # (S,) -1 none, 0 the sampled token's, k also the k likeliest
-    history_ids: Int32  # flat: tokens that the repetition penalty applies to
+    history_ids: Int32  # flat: tokens that the penalties apply to, the prompt's before the output's
     history_offsets: Int32  # (S+1,)
+    history_prompt_lens: Int32  # (S,) how many of a row's history are the prompt's
+    bias_ids: Int32  # flat: tokens whose logits are shifted, ascending within a row
+    bias_values: Float32  # flat: by how much
+    bias_offsets: Int32  # (S+1,)
     suppressed_ids: Int32  # flat: tokens that must not be sampled
     suppressed_offsets: Int32  # (S+1,)
 

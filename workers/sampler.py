@@ -2,8 +2,10 @@
 
 For each row, in this order:
 
-1. The repetition penalty divides the positive and multiplies the other logits of the tokens in
-   the row's history, once each, in float32 (Keskar et al. 2019, "CTRL").
+1. Penalties and biases, in float32, each token's logit once and in this order: the repetition
+   penalty divides the positive and multiplies the other logits of the tokens in the row's history
+   (Keskar et al. 2019, "CTRL"); of the tokens in the history's output part, `frequency_penalty`
+   times their count there, plus `presence_penalty`, is subtracted (OpenAI's API); a bias is added.
 2. Suppressed tokens get -inf.
 3. A temperature below `GREEDY_TEMPERATURE` takes the largest logit, of equal ones the lowest id.
    Otherwise the weights are exp((logit - largest logit) / temperature), in float64.
@@ -96,17 +98,23 @@ def draw_token(
 
 
 def _adjusted(logits: Float32, batch: StepBatch, i: int) -> Float32:
-    """The row's logits after penalty and suppression; a copy only if something changes."""
+    """The row's logits after steps 1 and 2; a copy only if something changes."""
     history = batch.history_ids[batch.history_offsets[i] : batch.history_offsets[i + 1]]
     suppressed = batch.suppressed_ids[batch.suppressed_offsets[i] : batch.suppressed_offsets[i + 1]]
-    penalty = batch.repetition_penalty[i]
-    if not len(suppressed) and (penalty == 1 or not len(history)):
+    biased = slice(batch.bias_offsets[i], batch.bias_offsets[i + 1])
+    if not len(suppressed) and not len(history) and biased.start == biased.stop:
         return logits
     adjusted = logits.copy()
-    if penalty != 1 and len(history):
+    penalty = batch.repetition_penalty[i]
+    if penalty != 1:
         seen = np.unique(history)
         values = adjusted[seen]
         adjusted[seen] = np.where(values > 0, values / penalty, values * penalty)
+    presence, frequency = batch.presence_penalty[i], batch.frequency_penalty[i]
+    if presence != 0 or frequency != 0:
+        seen, counts = np.unique(history[batch.history_prompt_lens[i] :], return_counts=True)
+        adjusted[seen] -= frequency * counts.astype(np.float32) + presence
+    adjusted[batch.bias_ids[biased]] += batch.bias_values[biased]
     adjusted[suppressed] = -np.inf
     if len(suppressed) and adjusted.max() == -np.inf:
         raise InvalidRequestError(f"row {i}: every token is suppressed, so none can be sampled")

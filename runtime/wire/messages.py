@@ -1,4 +1,7 @@
-"""The messages between the front-end and its workers.
+"""The messages between front-ends and workers.
+
+A worker belongs to the front-end that started it; others may share it (`Attach`). It has a
+connection to each, and what it says over one is numbered apart from what it says over another.
 
 Small frozen values. Each says who sends it to whom; `CODE` is its type on the wire (codec.py turns
 a message into bytes and back, and checks every field's type and bounds). Everything a worker says
@@ -14,6 +17,21 @@ from typing import ClassVar
 from furiosa_llm.scheduler.params import SequenceParams
 
 PROTOCOL_VERSION = 1
+
+FRONT_END_SHIFT = 48
+"""A sequence's id holds its front-end's index above this bit: ids of two never meet in a worker."""
+
+MAX_FRONT_ENDS = 1024
+
+
+def first_sequence_id(front_end: int) -> int:
+    """The lowest id of a front-end's sequences; 2**48 of them follow it."""
+    return front_end << FRONT_END_SHIFT
+
+
+def front_end_of(sequence_id: int) -> int:
+    """The index of the front-end whose sequence this is."""
+    return sequence_id >> FRONT_END_SHIFT
 
 
 # --- front-end -> worker --------------------------------------------------------------------------
@@ -53,7 +71,7 @@ class Add:
     """
 
     CODE: ClassVar[int] = 0x02
-    sequence_id: int  # unique for the front-end's life; never reused
+    sequence_id: int  # never reused while the worker runs; see `first_sequence_id`
     token_ids: tuple[int, ...]  # prompt, then the output so far; int32 bytes on the wire
     num_prompt_tokens: int  # 1 <= it <= len(token_ids)
     params: SequenceParams
@@ -82,12 +100,27 @@ class Shutdown:
     CODE: ClassVar[int] = 0x05
 
 
+@dataclass(frozen=True, slots=True)
+class Attach:
+    """front-end -> worker: serve another front-end, too. Only the one that started it may say so.
+
+    The worker connects to it, now and whenever that connection breaks, and says `Ready`.
+    """
+
+    CODE: ClassVar[int] = 0x06
+    front_end: int  # from 1; the one that started the worker is 0
+    endpoint: str
+
+
 # --- worker -> front-end --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """worker -> front-end: the model is mapped and the step loop runs. Always seq 0."""
+    """worker -> front-end: the model is mapped and the step loop runs. Always seq 0.
+
+    The worker holds nothing of this front-end then.
+    """
 
     CODE: ClassVar[int] = 0x11
     worker_id: int
@@ -149,6 +182,19 @@ FINISH_REASONS = ("", "stop", "length")
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerLoad:
+    """What a worker holds now, and what it has done since its process started."""
+
+    num_running: int
+    num_waiting: int
+    num_free_blocks: int
+    num_preemptions: int
+    num_steps: int
+    num_computed_tokens: int  # of prompts and of answers, those recomputed once more
+    num_output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Tokens:
     """worker -> front-end: the new tokens of one step, all sequences in one message.
 
@@ -163,10 +209,28 @@ class Tokens:
     token_ids: tuple[int, ...]
     finish_codes: tuple[int, ...]  # indices into FINISH_REASONS
     logprobs: tuple[tuple[int, TokenLogprobs], ...]  # (index into the tuples above, its values)
-    num_running: int
-    num_waiting: int
-    num_free_blocks: int
-    num_preemptions: int  # since the worker started
+    load: WorkerLoad  # after this step
+
+
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """worker -> front-end: aborts have left nothing to run, so that no `Tokens` will tell."""
+
+    CODE: ClassVar[int] = 0x17
+    worker_id: int
+    epoch: int
+    seq: int
+    load: WorkerLoad
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """worker -> front-end: it was told to leave, and does; nothing it held is to blame for that."""
+
+    CODE: ClassVar[int] = 0x18
+    worker_id: int
+    epoch: int
+    seq: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +244,6 @@ class Pong:
     nonce: int
 
 
-ToWorker = Add | Abort | Ping | Shutdown
-FromWorker = Ready | StartFailed | Added | Refused | Tokens | Pong
+ToWorker = Add | Abort | Ping | Shutdown | Attach
+FromWorker = Ready | StartFailed | Added | Refused | Tokens | Idle | Leaving | Pong
 Message = Configure | ToWorker | FromWorker

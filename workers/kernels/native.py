@@ -228,9 +228,11 @@ def _batch_struct(batch: StepBatch) -> FsBatch:
         "row_offsets": num_rows + 1,
         "block_offsets": num_rows + 1,
         "history_offsets": num_samples + 1,
+        "bias_offsets": num_samples + 1,
+        "bias_values": len(batch.bias_ids),
         "suppressed_offsets": num_samples + 1,
     }
-    flat = ("token_ids", "context_lens", "block_ids", "history_ids", "suppressed_ids")
+    flat = ("token_ids", "context_lens", "block_ids", "history_ids", "bias_ids", "suppressed_ids")
     pointers = {}
     for name, dtype in BATCH_ARRAYS.items():
         array: NDArray[Any] = getattr(batch, name)
@@ -248,6 +250,7 @@ def _batch_struct(batch: StepBatch) -> FsBatch:
         max_logprobs=_num_columns(batch),
         num_block_ids=len(batch.block_ids),
         num_history_ids=len(batch.history_ids),
+        num_bias_ids=len(batch.bias_ids),
         num_suppressed_ids=len(batch.suppressed_ids),
         **pointers,
     )

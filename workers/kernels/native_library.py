@@ -19,6 +19,7 @@ from furiosa_llm.errors import ArtifactError, FuriosaLLMError, InvalidRequestErr
 
 ABI_VERSION = 1
 ISA_VARIABLE = "FURIOSA_SERVE_ISA"
+KNOWN_ISAS = ("amx", "avx512", "avx2", "neon", "portable")  # of all CPUs, best first
 
 # FsStatus
 _OK, _INVALID_BATCH, _INVALID_ARTIFACT, _INVALID_CONFIG = 0, 1, 2, 3
@@ -73,11 +74,17 @@ BATCH_ARRAYS: dict[str, type[np.generic]] = {
     "top_p": np.float32,
     "min_p": np.float32,
     "repetition_penalty": np.float32,
+    "presence_penalty": np.float32,
+    "frequency_penalty": np.float32,
     "seed": np.uint64,
     "choice_index": np.int32,
     "num_logprobs": np.int32,
     "history_ids": np.int32,
     "history_offsets": np.int32,
+    "history_prompt_lens": np.int32,
+    "bias_ids": np.int32,
+    "bias_values": np.float32,
+    "bias_offsets": np.int32,
     "suppressed_ids": np.int32,
     "suppressed_offsets": np.int32,
 }
@@ -91,6 +98,7 @@ class FsBatch(ctypes.Structure):
         ("max_logprobs", c_int32),
         ("num_block_ids", c_int64),
         ("num_history_ids", c_int64),
+        ("num_bias_ids", c_int64),
         ("num_suppressed_ids", c_int64),
         *((name, c_void_p) for name in BATCH_ARRAYS),
     )
@@ -144,8 +152,13 @@ def library() -> ctypes.CDLL:
             "the native kernel is not built: install a C++17 compiler and install the package "
             "again, or use the numpy backend"
         )
+    return load_library(candidates[0])
+
+
+def load_library(path: Path) -> ctypes.CDLL:
+    """The library of that file. Raises: FuriosaLLMError if it does not load or does not fit."""
     try:
-        loaded = ctypes.CDLL(str(candidates[0]))
+        loaded = ctypes.CDLL(str(path))
         for name, (result_type, argument_types) in _SIGNATURES.items():
             function = getattr(loaded, name)
             function.restype, function.argtypes = result_type, argument_types
@@ -154,8 +167,7 @@ def library() -> ctypes.CDLL:
     sizes = [loaded.fs_struct_size(i) for i in range(len(_STRUCTS))]
     if loaded.fs_abi_version() != ABI_VERSION or sizes != [ctypes.sizeof(s) for s in _STRUCTS]:
         raise FuriosaLLMError(
-            f"the native kernel {candidates[0].name} was built from other sources: install the "
-            "package again"
+            f"the native kernel {path.name} was built from other sources: install the package again"
         )
     return loaded
 
@@ -178,8 +190,10 @@ def resolve_isa(name: str | None = None) -> str:
     if asked is None:
         return isas[0]
     if asked not in isas:
+        wrong = "which this CPU cannot run" if asked in KNOWN_ISAS else "which is no kernel family"
         raise InvalidRequestError(
-            f"{ISA_VARIABLE} is {asked!r}, which this CPU cannot run: use one of {', '.join(isas)}",
+            f"{ISA_VARIABLE} is {asked!r}, {wrong}: this CPU has {', '.join(isas)}; use one of "
+            "these, or leave it unset for the first",
             param="isa",
         )
     return asked

@@ -1,5 +1,6 @@
 #include "api.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <exception>
 #include <new>
@@ -8,6 +9,7 @@
 #include "batch.h"
 #include "engine.h"
 #include "failure.h"
+#include "mapped_memory.h"
 
 using namespace furiosa;
 
@@ -80,10 +82,18 @@ int32_t fs_matmul(const char* isa, const FsTensor* weights, const float* x, int3
     std::vector<int8_t> quants(static_cast<size_t>(num_values));
     std::vector<float> scales(static_cast<size_t>(num_groups)), scaled_sums(scales);
     std::vector<int32_t> sums(scales.size());
-    const Activations input{w.cols,        values.data(), quants.data(),
-                            scales.data(), sums.data(),   scaled_sums.data()};
-    for (int row = 0; row < num_rows && w.is_quantized(); ++row) kernels.quantize(input, row);
-    kernels.matmul[w.dtype](w, 0, w.num_panels, input, 0, num_rows, {y, w.rows, nullptr, false});
+    std::vector<int32_t> nibble_offsets(scales.size());
+    const Activations input{w.cols,      values.data(),      quants.data(),        scales.data(),
+                            sums.data(), scaled_sums.data(), nibble_offsets.data()};
+    for (int row = 0; row < num_rows && w.is_quantized(); ++row) {
+      kernels.quantize(input, row, 0, w.cols);
+    }
+    const MappedMemory scratch(matmul_scratch_nbytes(w.cols));
+    for (int row = 0; row < num_rows; row += kMaxMatmulRows) {
+      kernels.matmul[w.dtype](w, 0, w.num_panels, input, row,
+                              std::min(row + kMaxMatmulRows, num_rows), {y, w.rows, nullptr, false},
+                              scratch.data());
+    }
   });
 }
 

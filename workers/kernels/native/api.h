@@ -58,7 +58,7 @@ struct FsEngineConfig {
 struct FsBatch {
   int32_t num_tokens, num_rows, num_samples;
   int32_t max_logprobs;  // width of FsResult's top_* arrays
-  int64_t num_block_ids, num_history_ids, num_suppressed_ids;
+  int64_t num_block_ids, num_history_ids, num_bias_ids, num_suppressed_ids;
   const int32_t* token_ids;
   const int32_t* row_offsets;
   const int32_t* context_lens;
@@ -70,11 +70,17 @@ struct FsBatch {
   const float* top_p;
   const float* min_p;
   const float* repetition_penalty;
+  const float* presence_penalty;
+  const float* frequency_penalty;
   const uint64_t* seed;
   const int32_t* choice_index;
   const int32_t* num_logprobs;
   const int32_t* history_ids;
   const int32_t* history_offsets;
+  const int32_t* history_prompt_lens;
+  const int32_t* bias_ids;
+  const float* bias_values;
+  const int32_t* bias_offsets;
   const int32_t* suppressed_ids;
   const int32_t* suppressed_offsets;
 };

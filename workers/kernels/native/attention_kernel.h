@@ -6,7 +6,9 @@
 //     l = l e^(m - m') + sum p;  acc = acc e^(m - m') + sum p v
 // Order: a score sums over head_dim in 8 lanes; p sums in 8 lanes; acc takes keys in ascending
 // order. Keys that a query must not see have p = 0, which changes no sum, so a query's bits do not
-// depend on the other queries of its task.
+// depend on the other queries of its task. Every kPartitionSize positions (m, l, acc) start anew,
+// and the partitions' results are merged in ascending order.
+// int8: a key's scale multiplies its score, a value's scale its p (not the p that l adds up).
 // Source: Milakov & Gimelshein 2018, "Online normalizer calculation for softmax"; Dao et al. 2022,
 // "FlashAttention"; Kwon et al. 2023, "PagedAttention".
 // Included inside the family's namespace, after row_kernels.h.
@@ -16,6 +18,7 @@ template <class Kv>
 struct Piece {
   int begin, end;                      // within the piece
   const Kv* rows[2][kPieceSize];       // keys, values; valid in [begin, end)
+  float scales[2][kPieceSize];         // int8 only; likewise
 };
 
 // scores[i][key] for `N` queries that are `stride` floats apart; four keys at a time.
@@ -121,8 +124,114 @@ SIMD_INLINE void soften(const QueryState& state, int query, int begin, int end) 
   state.largest[query] = largest;
 }
 
+// Scores of int8 keys times their scales, probabilities times the scales of int8 values.
+SIMD_INLINE void apply_scales(float* scores, const float* scales) {
+  for (int key = 0; key < kPieceSize; key += 8) {
+    store(scores + key, mul(load(scores + key), load(scales + key)));
+  }
+}
+
+// Calls body(first, count) for runs of 3, 2 or 1 queries; count is a compile-time constant.
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+template <class Body>
+SIMD_INLINE void for_queries(int num_queries, const Body& body) {
+  int query = 0;
+  for (; query + 3 <= num_queries; query += 3) body(query, Count<3>());
+  if (num_queries - query == 2) body(query, Count<2>());
+  if (num_queries - query == 1) body(query, Count<1>());
+}
+
+// One piece for all queries; `visible(query, &begin, &end)` says what of it a query sees.
+template <class Kv, class Visible>
+SIMD_INLINE void attend_piece(const QueryState& state, int num_queries, int head_dim,
+                              const Piece<Kv>& piece, bool has_scales, const Visible& visible) {
+  for_queries(num_queries, [&](int query, auto count) __attribute__((always_inline)) {
+    score_keys<decltype(count)::value>(state.scores + query * kPieceSize,
+                                       state.q + query * head_dim, head_dim, piece);
+  });
+  for (int query = 0; query < num_queries; ++query) {
+    int begin, end;
+    visible(query, &begin, &end);
+    float* scores = state.scores + query * kPieceSize;
+    if (has_scales) apply_scales(scores, piece.scales[0]);
+    soften(state, query, begin > 0 ? begin : 0, end < kPieceSize ? end : kPieceSize);
+    if (has_scales) apply_scales(scores, piece.scales[1]);
+  }
+  for_queries(num_queries, [&](int query, auto count) __attribute__((always_inline)) {
+    add_values<decltype(count)::value>(state.acc + query * head_dim, state.corrections + query,
+                                       state.scores + query * kPieceSize, head_dim, piece);
+  });
+}
+
+// (m, l, acc) of one query: what it has seen of a partition, or of several.
+struct Seen {
+  float *largest, *total, *acc;
+};
+
+// seen = seen and `more`, whose positions come after.
+SIMD_INLINE void merge(const Seen& seen, float largest, float total, const float* acc,
+                       int head_dim) {
+  if (total == 0.0f) return;
+  if (*seen.total == 0.0f) {
+    *seen.largest = largest, *seen.total = total;
+    std::memcpy(seen.acc, acc, static_cast<size_t>(head_dim) * sizeof(float));
+    return;
+  }
+  const float both = *seen.largest > largest ? *seen.largest : largest;
+  const F8 before = exp(splat(*seen.largest - both)), after = exp(splat(largest - both));
+  for (int d = 0; d < head_dim; d += 8) {
+    store(seen.acc + d, fma(load(acc + d), after, mul(load(seen.acc + d), before)));
+  }
+  float factors[2][8];
+  store(factors[0], before), store(factors[1], after);
+  *seen.total = *seen.total * factors[0][0] + total * factors[1][0];
+  *seen.largest = both;
+}
+
+SIMD_INLINE void divide(float* out, const float* acc, float total, int head_dim) {
+  for (int d = 0; d < head_dim; d += 8) store(out + d, div(load(acc + d), splat(total)));
+}
+
+template <class Kv>
+SIMD_INLINE Piece<Kv> piece_of(const AttentionTask& task, int base, int begin, int end) {
+  Piece<Kv> piece;
+  piece.begin = begin, piece.end = end;
+  for (int key = begin; key < end; ++key) {
+    const int position = base + key, offset = position % task.block_size;
+    const int64_t block = task.block_ids[position / task.block_size];
+    const int64_t first = block * task.block_stride + int64_t{offset} * task.head_dim;
+    piece.rows[0][key] = static_cast<const Kv*>(task.keys) + first;
+    piece.rows[1][key] = static_cast<const Kv*>(task.values) + first;
+    if (sizeof(Kv) == 1) {
+      piece.scales[0][key] = task.key_scales[block * task.scale_stride + offset];
+      piece.scales[1][key] = task.value_scales[block * task.scale_stride + offset];
+    }
+  }
+  return piece;
+}
+
+// The same piece as fp32, which is exact, in `room` (2 * kPieceSize * head_dim).
+template <class Kv>
+SIMD_INLINE Piece<float> widened(const Piece<Kv>& piece, int head_dim, float* room) {
+  Piece<float> wide;
+  wide.begin = piece.begin, wide.end = piece.end;
+  for (int part = 0; part < 2; ++part) {
+    for (int key = piece.begin; key < piece.end; ++key, room += head_dim) {
+      for (int d = 0; d < head_dim; d += 8) store(room + d, load(piece.rows[part][key] + d));
+      wide.rows[part][key] = room;
+    }
+    std::memcpy(wide.scales[part], piece.scales[part], sizeof piece.scales[part]);
+  }
+  return wide;
+}
+
 template <class Kv>
 void attend(const AttentionTask& task) {
+  constexpr int kFewQueries = 6;  // more of them share one conversion of the piece
+  constexpr bool kHasScales = sizeof(Kv) == 1;
   const int head_dim = task.head_dim, heads = task.heads_per_kv;
   const int num_queries = task.num_tokens * heads;
   QueryState state;
@@ -132,14 +241,16 @@ void attend(const AttentionTask& task) {
   state.largest = state.scores + kMaxQueries * kPieceSize;
   state.totals = state.largest + kMaxQueries;
   state.corrections = state.totals + kMaxQueries;
+  float* merged_largest = state.corrections + kMaxQueries;
+  float* merged_totals = merged_largest + kMaxQueries;
+  float* merged_acc = merged_totals + kMaxQueries;
+  float* room = merged_acc + kMaxQueries * head_dim;
   for (int query = 0; query < num_queries; ++query) {
     const float* q = task.q + query / heads * task.q_stride + query % heads * head_dim;
     for (int d = 0; d < head_dim; d += 8) {
       store(state.q + query * head_dim + d, mul(load(q + d), splat(task.scale)));
-      store(state.acc + query * head_dim + d, splat(0.0f));
     }
-    state.largest[query] = -INFINITY;
-    state.totals[query] = 0.0f;
+    merged_totals[query] = 0.0f;
   }
 
   const int window = task.sliding_window;
@@ -148,67 +259,65 @@ void attend(const AttentionTask& task) {
   };
   const int task_begin = first_seen(task.first_position);
   const int task_end = task.first_position + task.num_tokens;
-  for (int base = task_begin / kPieceSize * kPieceSize; base < task_end; base += kPieceSize) {
-    Piece<Kv> piece;
-    piece.begin = task_begin > base ? task_begin - base : 0;
-    piece.end = task_end - base < kPieceSize ? task_end - base : kPieceSize;
-    for (int key = piece.begin; key < piece.end; ++key) {
-      const int position = base + key;
-      const int64_t offset = task.block_ids[position / task.block_size] * task.block_stride +
-                             static_cast<int64_t>(position % task.block_size) * head_dim;
-      piece.rows[0][key] = static_cast<const Kv*>(task.keys) + offset;
-      piece.rows[1][key] = static_cast<const Kv*>(task.values) + offset;
+  const bool is_whole = task.partials == nullptr;
+  const int first_partition = is_whole ? task_begin / kPartitionSize : task.partition_begin;
+  const int end_partition =
+      is_whole ? (task_end + kPartitionSize - 1) / kPartitionSize : task.partition_end;
+  for (int partition = first_partition; partition < end_partition; ++partition) {
+    std::memset(state.acc, 0, static_cast<size_t>(num_queries * head_dim) * sizeof(float));
+    for (int query = 0; query < num_queries; ++query) {
+      state.largest[query] = -INFINITY;
+      state.totals[query] = 0.0f;
     }
-    for (int query = 0; query < num_queries;) {
-      float* scores = state.scores + query * kPieceSize;
-      const float* q = state.q + query * head_dim;
-      const int left = num_queries - query;
-      if (left >= 3) {
-        score_keys<3>(scores, q, head_dim, piece);
-        query += 3;
-      } else if (left == 2) {
-        score_keys<2>(scores, q, head_dim, piece);
-        query += 2;
+    for (int base = partition * kPartitionSize; base < (partition + 1) * kPartitionSize;
+         base += kPieceSize) {
+      const int begin = task_begin > base ? task_begin - base : 0;
+      const int end = task_end - base < kPieceSize ? task_end - base : kPieceSize;
+      if (begin >= end) continue;
+      const auto visible = [&](int query, int* from, int* to) {
+        const int position = task.first_position + query / heads;
+        *from = first_seen(position) - base, *to = position + 1 - base;
+      };
+      const Piece<Kv> piece = piece_of<Kv>(task, base, begin, end);
+      if (sizeof(Kv) == 4 || num_queries <= kFewQueries) {
+        attend_piece(state, num_queries, head_dim, piece, kHasScales, visible);
       } else {
-        score_keys<1>(scores, q, head_dim, piece);
-        query += 1;
+        const Piece<float> wide = widened(piece, head_dim, room);
+        attend_piece(state, num_queries, head_dim, wide, kHasScales, visible);
       }
     }
     for (int query = 0; query < num_queries; ++query) {
-      const int position = task.first_position + query / heads;
-      const int begin = first_seen(position) - base, end = position + 1 - base;
-      soften(state, query, begin > 0 ? begin : 0, end < kPieceSize ? end : kPieceSize);
-    }
-    for (int query = 0; query < num_queries;) {
-      float* acc = state.acc + query * head_dim;
-      const float* p = state.scores + query * kPieceSize;
-      const float* corrections = state.corrections + query;
-      const int left = num_queries - query;
-      if (left >= 3) {
-        add_values<3>(acc, corrections, p, head_dim, piece);
-        query += 3;
-      } else if (left == 2) {
-        add_values<2>(acc, corrections, p, head_dim, piece);
-        query += 2;
+      const float* acc = state.acc + query * head_dim;
+      if (is_whole) {
+        merge({merged_largest + query, merged_totals + query, merged_acc + query * head_dim},
+              state.largest[query], state.totals[query], acc, head_dim);
       } else {
-        add_values<1>(acc, corrections, p, head_dim, piece);
-        query += 1;
+        const int index = (partition - task.partition_begin) * num_queries + query;
+        float* partial = task.partials + int64_t{index} * (head_dim + 2);
+        partial[0] = state.largest[query], partial[1] = state.totals[query];
+        std::memcpy(partial + 2, acc, static_cast<size_t>(head_dim) * sizeof(float));
       }
     }
   }
-  for (int query = 0; query < num_queries; ++query) {
+  for (int query = 0; is_whole && query < num_queries; ++query) {
     float* out = task.out + query / heads * task.out_stride + query % heads * head_dim;
-    const F8 total = splat(state.totals[query]);
-    for (int d = 0; d < head_dim; d += 8) {
-      store(out + d, div(load(state.acc + query * head_dim + d), total));
-    }
+    divide(out, merged_acc + query * head_dim, merged_totals[query], head_dim);
   }
 }
 
 void attention(const AttentionTask& task) {
-  if (task.kv_dtype == kBf16) {
-    attend<uint16_t>(task);
-  } else {
-    attend<float>(task);
+  switch (task.kv_dtype) {
+    case kBf16: attend<uint16_t>(task); break;
+    case kInt8: attend<int8_t>(task); break;
+    default: attend<float>(task); break;
   }
+}
+
+void merge_attention(float* out, const float* partials, int64_t stride, int count, int head_dim,
+                     float* scratch) {
+  float largest = -INFINITY, total = 0.0f;
+  for (int i = 0; i < count; ++i, partials += stride) {
+    merge({&largest, &total, scratch}, partials[0], partials[1], partials + 2, head_dim);
+  }
+  divide(out, scratch, total, head_dim);
 }

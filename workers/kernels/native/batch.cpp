@@ -68,18 +68,36 @@ void check_sampling(const FsBatch& batch, int32_t vocab_size) {
   check_ids("sample_rows: row", batch.sample_rows, batch.num_samples, batch.num_rows);
   check_offsets("history_offsets", batch.history_offsets, batch.num_samples,
                 batch.num_history_ids, true);
+  check_offsets("bias_offsets", batch.bias_offsets, batch.num_samples, batch.num_bias_ids, true);
   check_offsets("suppressed_offsets", batch.suppressed_offsets, batch.num_samples,
                 batch.num_suppressed_ids, true);
   check_ids("history token id", batch.history_ids, batch.num_history_ids, vocab_size);
+  check_ids("biased token id", batch.bias_ids, batch.num_bias_ids, vocab_size);
   check_ids("suppressed token id", batch.suppressed_ids, batch.num_suppressed_ids, vocab_size);
   for (int32_t i = 0; i < batch.num_samples; ++i) {
     const bool is_valid = batch.temperature[i] >= 0 && std::isfinite(batch.temperature[i]) &&
                           batch.top_k[i] >= 0 && batch.top_p[i] >= 0 && batch.min_p[i] >= 0 &&
                           batch.min_p[i] <= 1 && batch.repetition_penalty[i] > 0 &&
                           std::isfinite(batch.repetition_penalty[i]) &&
+                          std::isfinite(batch.presence_penalty[i]) &&
+                          std::isfinite(batch.frequency_penalty[i]) &&
                           batch.num_logprobs[i] <= batch.max_logprobs;
     if (!is_valid) {
       throw invalid("sampling row " + std::to_string(i) + " has a parameter out of range");
+    }
+    const int32_t num_history = batch.history_offsets[i + 1] - batch.history_offsets[i];
+    if (batch.history_prompt_lens[i] < 0 || batch.history_prompt_lens[i] > num_history) {
+      throw invalid("sampling row " + std::to_string(i) + " has " +
+                    std::to_string(batch.history_prompt_lens[i]) + " prompt tokens in a history of " +
+                    std::to_string(num_history));
+    }
+    for (int32_t j = batch.bias_offsets[i]; j < batch.bias_offsets[i + 1]; ++j) {
+      // Ascending, so that a row edits each token once: the sampler's memory counts on it.
+      if ((j > batch.bias_offsets[i] && batch.bias_ids[j] <= batch.bias_ids[j - 1]) ||
+          !std::isfinite(batch.bias_values[j])) {
+        throw invalid("sampling row " + std::to_string(i) + " has biases that do not ascend by " +
+                      "token id, or are not finite");
+      }
     }
   }
 }

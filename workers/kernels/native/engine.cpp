@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <string>
 
 #include "batch.h"
@@ -14,11 +13,16 @@ namespace {
 
 // LM head and sampling run on this many rows at a time, which bounds the memory for logits.
 constexpr int kLogitsRows = 64;
-// Rows of a matmul's left operand that one item covers: they stay in the second-level cache while
-// the item's panels go past.
-constexpr int kRowBlock = 128;
 // Items per PE in a job that is cut evenly: enough for a held-up PE's share to move elsewhere.
 constexpr int kItemsPerPe = 12;
+// Columns of gate and up that are multiplied, combined and quantised in one go.
+constexpr int kStretch = 128;
+// Up to so many rows, their norms take less time than a job of their own would cost.
+constexpr int kFewRows = 4;
+// States of one query that shared-out contexts may have: 2^18 positions of 64 query heads.
+constexpr int64_t kMaxSharedStates = 65536;
+// Contexts are shared out when a step's attention would otherwise have fewer tasks than this a PE.
+constexpr int kMinTasksPerPe = 4;
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
@@ -34,8 +38,8 @@ FsEngineConfig checked(const FsEngineConfig& config) {
   require(config.num_heads / config.num_kv_heads <= kMaxQueries, kInvalidArtifact,
           "more than 64 query heads share a key/value head");
   require(config.head_dim % 8 == 0, kInvalidArtifact, "head_dim is not a multiple of 8");
-  require(config.kv_dtype == kFp32 || config.kv_dtype == kBf16, kInvalidConfig,
-          "the KV cache is fp32 or bf16");
+  require(config.kv_dtype == kFp32 || config.kv_dtype == kBf16 || config.kv_dtype == kInt8,
+          kInvalidConfig, "the KV cache is fp32, bf16 or int8");
   return config;
 }
 
@@ -54,40 +58,43 @@ Engine::Buffers Engine::Buffers::from(Arena& arena, const FsEngineConfig& config
   const int64_t tokens = config.max_num_batched_tokens;
   const int q_size = config.num_heads * config.head_dim;
   const int qkv_size = q_size + 2 * config.num_kv_heads * config.head_dim;
-  const int64_t widest_input =
-      std::max({config.hidden_size, q_size, config.intermediate_size});
-  const int64_t widest_output = std::max(qkv_size, 2 * config.intermediate_size);
-  const int64_t num_groups = (widest_input + kGroupSize - 1) / kGroupSize;
+  const auto activations = [&](int64_t cols) {
+    const int64_t num_groups = tokens * ((cols + kGroupSize - 1) / kGroupSize);
+    Activations x;
+    x.cols = static_cast<int>(cols);
+    x.values = arena.take<float>(tokens * cols);
+    x.quants = arena.take<int8_t>(tokens * cols);
+    x.scales = arena.take<float>(num_groups);
+    x.sums = arena.take<int32_t>(num_groups);
+    x.scaled_sums = arena.take<float>(num_groups);
+    x.nibble_offsets = arena.take<int32_t>(num_groups);
+    return x;
+  };
   Buffers buffers;
   buffers.hidden = arena.take<float>(tokens * config.hidden_size);
-  buffers.wide = arena.take<float>(tokens * widest_output);
-  buffers.input.cols = 0;
-  buffers.input.values = arena.take<float>(tokens * widest_input);
-  buffers.input.quants = arena.take<int8_t>(tokens * widest_input);
-  buffers.input.scales = arena.take<float>(tokens * num_groups);
-  buffers.input.sums = arena.take<int32_t>(tokens * num_groups);
-  buffers.input.scaled_sums = arena.take<float>(tokens * num_groups);
+  buffers.wide = arena.take<float>(tokens * std::max(qkv_size, 2 * config.intermediate_size));
+  buffers.input = activations(std::max(config.hidden_size, q_size));
+  buffers.inner = activations(config.intermediate_size);
   buffers.positions = arena.take<int32_t>(tokens);
   buffers.slots = arena.take<int64_t>(tokens);
   buffers.cos = arena.take<float>(tokens * config.head_dim / 2);
   buffers.sin = arena.take<float>(tokens * config.head_dim / 2);
   buffers.sampled = arena.take<int32_t>(kLogitsRows);
   buffers.logits = arena.take<float>(int64_t{kLogitsRows} * config.vocab_size);
+  buffers.partials = arena.take<float>(kMaxSharedStates * (config.head_dim + 2));
   return buffers;
 }
 
-namespace {
-
-int64_t scratch_nbytes(const FsEngineConfig& config) {
-  Arena arena(nullptr);
-  for (int pe = 0; pe < config.num_pes; ++pe) {
-    arena.take<float>(attention_scratch_floats(config.head_dim));
-    SamplerScratch::from(arena, config.vocab_size);
-  }
-  return arena.nbytes();
+Engine::PeScratch Engine::PeScratch::from(Arena& arena, const FsEngineConfig& config) {
+  const int widest =
+      std::max({config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size});
+  PeScratch scratch;
+  scratch.attention = arena.take<float>(attention_scratch_floats(config.head_dim));
+  scratch.matmul = arena.take<uint8_t>(matmul_scratch_nbytes(widest));
+  scratch.gate_up = arena.take<float>(2 * kMaxMatmulRows * kStretch);
+  scratch.sampler = SamplerScratch::from(arena, config.vocab_size);
+  return scratch;
 }
-
-}  // namespace
 
 Engine::Engine(const FsEngineConfig& config, const KernelTable& kernels)
     : config_(checked(config)),
@@ -101,13 +108,13 @@ Engine::Engine(const FsEngineConfig& config, const KernelTable& kernels)
       memory_([this] {
         Arena arena(nullptr);
         Buffers::from(arena, config_);
-        return arena.nbytes() + scratch_nbytes(config_);
+        for (int pe = 0; pe < config_.num_pes; ++pe) PeScratch::from(arena, config_);
+        return arena.nbytes();
       }()) {
   Arena arena(memory_.data());
   buffers_ = Buffers::from(arena, config_);
   for (int pe = 0; pe < config_.num_pes; ++pe) {
-    attention_scratch_.push_back(arena.take<float>(attention_scratch_floats(config_.head_dim)));
-    sampler_scratch_.push_back(SamplerScratch::from(arena, config_.vocab_size));
+    scratch_.push_back(PeScratch::from(arena, config_));
   }
   query_runs_.reserve(static_cast<size_t>(config_.max_num_batched_tokens));
   sample_errors_.resize(kLogitsRows);
@@ -127,7 +134,7 @@ void Engine::step(const FsBatch& batch, const FsResult* result, float* logits) {
     norm_inputs(count, buffers_.sampled, weights_.final_norm, weights_.lm_head);
     float* out = logits == nullptr ? buffers_.logits
                                    : logits + int64_t{first} * config_.vocab_size;
-    matmul(weights_.lm_head, count, {out, config_.vocab_size, nullptr, false});
+    matmul(weights_.lm_head, buffers_.input, count, {out, config_.vocab_size, nullptr, false});
     if (result != nullptr) sample(batch, first, count, *result);
   }
 }
@@ -146,6 +153,8 @@ void Engine::forward(const FsBatch& batch) {
   locate_tokens(batch);
   plan_attention(batch);
   embed(batch);
+  const LayerWeights& first = weights_.layers[0];
+  norm_inputs(batch.num_tokens, nullptr, first.attn_norm, first.qkv);
   for (int layer = 0; layer < config_.num_layers; ++layer) {
     attention_block(batch, layer);
     feed_forward_block(batch.num_tokens, layer);
@@ -158,8 +167,9 @@ void Engine::locate_tokens(const FsBatch& batch) {
     for (int token = batch.row_offsets[row]; token < batch.row_offsets[row + 1]; ++token) {
       const int position = batch.context_lens[row] + token - batch.row_offsets[row];
       buffers_.positions[token] = position;
-      buffers_.slots[token] = blocks[position / cache_.block_size] * cache_.block_stride +
-                              int64_t{position % cache_.block_size} * config_.head_dim;
+      buffers_.slots[token] =
+          int64_t{blocks[position / cache_.block_size]} * cache_.block_size +
+          position % cache_.block_size;
     }
   }
   const int half = config_.head_dim / 2;
@@ -177,12 +187,39 @@ void Engine::plan_attention(const FsBatch& batch) {
   const int heads_per_kv = config_.num_heads / config_.num_kv_heads;
   const int max_run = std::max(1, kMaxQueries / heads_per_kv);
   query_runs_.clear();
+  is_one_run_a_row_ = true;
   for (int row = 0; row < batch.num_rows; ++row) {
     const int end = batch.row_offsets[row + 1];
+    is_one_run_a_row_ = is_one_run_a_row_ && end - batch.row_offsets[row] <= max_run;
     for (int token = batch.row_offsets[row]; token < end; token += max_run) {
-      query_runs_.push_back({row, token, std::min(max_run, end - token)});
+      query_runs_.push_back({row, token, std::min(max_run, end - token), 1, 0, 0, 0});
     }
   }
+  const int num_tasks = static_cast<int>(query_runs_.size()) * config_.num_kv_heads;
+  const bool is_short_of_tasks = pool_.size() > 1 && num_tasks < pool_.size() * kMinTasksPerPe;
+  int64_t num_states = 0;
+  num_tasks_ = 0;
+  for (QueryRun& run : query_runs_) {
+    if (is_short_of_tasks) share_out(run, &num_states);
+    run.first_task = num_tasks_;
+    num_tasks_ += run.num_parts * config_.num_kv_heads;
+  }
+  is_shared_out_ = num_states > 0;
+}
+
+// Makes a part of each partition that the run's context has.
+void Engine::share_out(QueryRun& run, int64_t* num_states) const {
+  const int position = buffers_.positions[run.first_token], window = config_.sliding_window;
+  const int begin = window > 0 && position >= window ? position - window + 1 : 0;
+  const int end = position + run.num_tokens;
+  const int first_partition = begin / kPartitionSize;
+  const int num_parts = (end + kPartitionSize - 1) / kPartitionSize - first_partition;
+  const int64_t states = int64_t{num_parts} * run.num_tokens * config_.num_heads;
+  if (num_parts == 1 || *num_states + states > kMaxSharedStates) return;
+  run.num_parts = num_parts;
+  run.first_partition = first_partition;
+  run.first_state = *num_states;
+  *num_states += states;
 }
 
 void Engine::embed(const FsBatch& batch) {
@@ -192,122 +229,248 @@ void Engine::embed(const FsBatch& batch) {
   });
 }
 
+// `input` holds the normed rows already; on return it holds those of the feed-forward block.
 void Engine::attention_block(const FsBatch& batch, int layer) {
   const LayerWeights& weights = weights_.layers[static_cast<size_t>(layer)];
-  norm_inputs(batch.num_tokens, nullptr, weights.attn_norm, weights.qkv);
-  matmul(weights.qkv, batch.num_tokens, {buffers_.wide, qkv_size_, weights.qkv_bias, false});
-  cache_keys_and_values(batch.num_tokens, layer);
+  matmul(weights.qkv, buffers_.input, batch.num_tokens,
+         {buffers_.wide, qkv_size_, weights.qkv_bias, false});
   attend(batch, layer);
-  quantize_inputs(batch.num_tokens, weights.o);
-  matmul(weights.o, batch.num_tokens, {buffers_.hidden, config_.hidden_size, nullptr, true});
+  matmul_and_norm(weights.o, buffers_.input, batch.num_tokens,
+                  {buffers_.hidden, config_.hidden_size, nullptr, true}, weights.ffn_norm,
+                  weights.gate_up);
 }
 
+// Likewise; on return `input` holds the rows of the next layer, if there is one.
 void Engine::feed_forward_block(int num_tokens, int layer) {
   const LayerWeights& weights = weights_.layers[static_cast<size_t>(layer)];
-  norm_inputs(num_tokens, nullptr, weights.ffn_norm, weights.gate_up);
-  const int width = config_.intermediate_size;
-  matmul(weights.gate_up, num_tokens, {buffers_.wide, int64_t{2} * width, nullptr, false});
-  buffers_.input.cols = width;
-  for_rows(num_tokens, [&](int token, int) {
-    const float* gate = buffers_.wide + int64_t{token} * 2 * width;
-    kernels_.swiglu(buffers_.input.values + int64_t{token} * width, gate, gate + width, width);
-    if (weights.down.is_quantized()) kernels_.quantize(buffers_.input, token);
-  });
-  matmul(weights.down, num_tokens, {buffers_.hidden, config_.hidden_size, nullptr, true});
+  gate_up(num_tokens, weights);
+  const Output out{buffers_.hidden, config_.hidden_size, nullptr, true};
+  if (layer + 1 == config_.num_layers) {
+    matmul(weights.down, buffers_.inner, num_tokens, out);
+  } else {
+    const LayerWeights& next = weights_.layers[static_cast<size_t>(layer) + 1];
+    matmul_and_norm(weights.down, buffers_.inner, num_tokens, out, next.attn_norm, next.qkv);
+  }
 }
 
 // input[i] = norm of hidden[tokens[i]] (of hidden[i] without `tokens`), as `next` wants it.
 void Engine::norm_inputs(int num_rows, const int32_t* tokens, const float* weight,
                          const Matrix& next) {
-  const int width = config_.hidden_size;
-  buffers_.input.cols = width;
+  buffers_.input.cols = config_.hidden_size;
   for_rows(num_rows, [&](int row, int) {
-    const int64_t token = tokens == nullptr ? row : tokens[row];
-    kernels_.rms_norm(buffers_.input.values + int64_t{row} * width,
-                      buffers_.hidden + token * width, weight, width, config_.rms_norm_eps);
-    if (next.is_quantized()) kernels_.quantize(buffers_.input, row);
+    norm_row(row, tokens == nullptr ? row : tokens[row], weight, next);
   });
 }
 
-void Engine::quantize_inputs(int num_rows, const Matrix& next) {
-  if (!next.is_quantized()) return;
-  for_rows(num_rows, [&](int row, int) { kernels_.quantize(buffers_.input, row); });
+void Engine::norm_row(int row, int64_t token, const float* weight, const Matrix& next) {
+  const int width = config_.hidden_size;
+  kernels_.rms_norm(buffers_.input.values + int64_t{row} * width, buffers_.hidden + token * width,
+                    weight, width, config_.rms_norm_eps);
+  if (next.is_quantized()) kernels_.quantize(buffers_.input, row, 0, width);
 }
 
-// Norms (Qwen3) and rotates q and k in place, and writes k and v to the cache.
-void Engine::cache_keys_and_values(int num_tokens, int layer) {
+// Norms (Qwen3) and rotates k of one head and q of its query heads, in place, and writes k and v to
+// the cache.
+void Engine::cache_tokens(int layer, int first_token, int num_tokens, int kv_head) {
   const LayerWeights& weights = weights_.layers[static_cast<size_t>(layer)];
-  const int head_dim = config_.head_dim;
-  const auto finish = [&](float* head, const float* norm, int token) {
-    if (norm != nullptr) kernels_.rms_norm(head, head, norm, head_dim, config_.rms_norm_eps);
-    const int64_t first = int64_t{token} * (head_dim / 2);
-    kernels_.rotate(head, buffers_.cos + first, buffers_.sin + first, head_dim);
-  };
-  const auto put = [&](uint8_t* base, int token, const float* head) {
-    uint8_t* place = cache_.element(base, buffers_.slots[token]);
-    if (cache_.dtype == kBf16) {
-      kernels_.bf16_from_float(reinterpret_cast<uint16_t*>(place), head, head_dim);
-    } else {
-      std::memcpy(place, head, static_cast<size_t>(head_dim) * sizeof(float));
+  const int head_dim = config_.head_dim, heads_per_kv = config_.num_heads / config_.num_kv_heads;
+  for (int token = first_token; token < first_token + num_tokens; ++token) {
+    const int64_t angle = int64_t{token} * (head_dim / 2);
+    const auto finish = [&](float* head, const float* norm) {
+      if (norm != nullptr) kernels_.rms_norm(head, head, norm, head_dim, config_.rms_norm_eps);
+      kernels_.rotate(head, buffers_.cos + angle, buffers_.sin + angle, head_dim);
+    };
+    float* row = buffers_.wide + int64_t{token} * qkv_size_;
+    float* q = row + kv_head * heads_per_kv * head_dim;
+    float* k = row + q_size_ + kv_head * head_dim;
+    for (int head = 0; head < heads_per_kv; ++head) finish(q + head * head_dim, weights.q_norm);
+    finish(k, weights.k_norm);
+    cache_.put_key(layer, kv_head, buffers_.slots[token], k, kernels_);
+    cache_.put_value(layer, kv_head, buffers_.slots[token], k + kv_size_, kernels_);
+  }
+}
+
+// From q, k and v in `wide` to the attention's output in `input`, as the output projection wants
+// it. Where each row is one run, the PE that attends to it caches its keys first; where a run needs
+// the keys of another, or a context is shared out, caching is a job of its own.
+void Engine::attend(const FsBatch& batch, int layer) {
+  const Matrix& next = weights_.layers[static_cast<size_t>(layer)].o;
+  const int num_kv_heads = config_.num_kv_heads;
+  const bool is_cached_first = !is_one_run_a_row_ || is_shared_out_;
+  buffers_.input.cols = q_size_;
+  if (is_cached_first) {
+    for_rows(batch.num_tokens, [&](int token, int) {
+      for (int head = 0; head < num_kv_heads; ++head) cache_tokens(layer, token, 1, head);
+    });
+  }
+  pool_.run(num_tasks_, [&](int task, int pe) {
+    const auto after = std::upper_bound(
+        query_runs_.begin(), query_runs_.end(), task,
+        [](int value, const QueryRun& run) { return value < run.first_task; });
+    const QueryRun& run = *(after - 1);
+    const int kv_head = (task - run.first_task) % num_kv_heads;
+    const int part = (task - run.first_task) / num_kv_heads;
+    if (!is_cached_first) cache_tokens(layer, run.first_token, run.num_tokens, kv_head);
+    attend_part(batch, layer, run, part, kv_head, pe);
+    if (run.num_parts == 1) quantize_heads(run, kv_head, next);
+  });
+  if (is_shared_out_) merge_parts(next);
+  if (!are_heads_whole_groups() && next.is_quantized()) {
+    for_rows(batch.num_tokens,
+             [&](int row, int) { kernels_.quantize(buffers_.input, row, 0, q_size_); });
+  }
+}
+
+// Where the states of a shared-out run's queries begin, for one KV head: (parts, queries).
+float* Engine::states_of(const QueryRun& run, int kv_head) const {
+  const int num_queries = run.num_tokens * (config_.num_heads / config_.num_kv_heads);
+  const int64_t first = run.first_state + int64_t{kv_head} * run.num_parts * num_queries;
+  return buffers_.partials + first * (config_.head_dim + 2);
+}
+
+void Engine::attend_part(const FsBatch& batch, int layer, const QueryRun& run, int part,
+                         int kv_head, int pe) {
+  const int heads_per_kv = config_.num_heads / config_.num_kv_heads;
+  const int head_dim = config_.head_dim, first_head = kv_head * heads_per_kv;
+  AttentionTask task;
+  task.q = buffers_.wide + int64_t{run.first_token} * qkv_size_ + first_head * head_dim;
+  task.q_stride = qkv_size_;
+  task.out = buffers_.input.values + int64_t{run.first_token} * q_size_ + first_head * head_dim;
+  task.out_stride = q_size_;
+  task.num_tokens = run.num_tokens;
+  task.heads_per_kv = heads_per_kv;
+  task.head_dim = head_dim;
+  task.first_position = buffers_.positions[run.first_token];
+  task.sliding_window = config_.sliding_window;
+  task.scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
+  task.keys = cache_.keys(layer, kv_head);
+  task.values = cache_.values(layer, kv_head);
+  task.key_scales = cache_.key_scales(layer, kv_head);
+  task.value_scales = cache_.value_scales(layer, kv_head);
+  task.kv_dtype = cache_.dtype;
+  task.block_ids = batch.block_ids + batch.block_offsets[run.row];
+  task.block_size = cache_.block_size;
+  task.block_stride = cache_.block_stride;
+  task.scale_stride = cache_.scale_stride;
+  task.partition_begin = run.first_partition + part;
+  task.partition_end = task.partition_begin + 1;
+  task.partials = nullptr;
+  if (run.num_parts > 1) {
+    const int64_t state = int64_t{part} * run.num_tokens * heads_per_kv;
+    task.partials = states_of(run, kv_head) + state * (head_dim + 2);
+  }
+  task.scratch = scratch_[static_cast<size_t>(pe)].attention;
+  kernels_.attention(task);
+}
+
+void Engine::merge_parts(const Matrix& next) {
+  const int num_kv_heads = config_.num_kv_heads, head_dim = config_.head_dim;
+  const int heads_per_kv = config_.num_heads / num_kv_heads;
+  pool_.run(static_cast<int>(query_runs_.size()) * num_kv_heads, [&](int item, int pe) {
+    const QueryRun& run = query_runs_[static_cast<size_t>(item / num_kv_heads)];
+    if (run.num_parts == 1) return;
+    const int kv_head = item % num_kv_heads, num_queries = run.num_tokens * heads_per_kv;
+    const float* states = states_of(run, kv_head);
+    for (int query = 0; query < num_queries; ++query) {
+      const int token = run.first_token + query / heads_per_kv;
+      const int head = kv_head * heads_per_kv + query % heads_per_kv;
+      kernels_.merge_attention(buffers_.input.values + int64_t{token} * q_size_ + head * head_dim,
+                               states + query * (head_dim + 2),
+                               int64_t{num_queries} * (head_dim + 2), run.num_parts, head_dim,
+                               scratch_[static_cast<size_t>(pe)].attention);
     }
-  };
-  for_rows(num_tokens, [&](int token, int) {
-    float* q = buffers_.wide + int64_t{token} * qkv_size_;
-    float *k = q + q_size_, *v = k + kv_size_;
-    for (int head = 0; head < config_.num_heads; ++head) {
-      finish(q + head * head_dim, weights.q_norm, token);
-    }
-    for (int head = 0; head < config_.num_kv_heads; ++head) {
-      finish(k + head * head_dim, weights.k_norm, token);
-      put(cache_.keys(layer, head), token, k + head * head_dim);
-      put(cache_.values(layer, head), token, v + head * head_dim);
-    }
+    quantize_heads(run, kv_head, next);
   });
 }
 
-void Engine::attend(const FsBatch& batch, int layer) {
-  const int heads_per_kv = config_.num_heads / config_.num_kv_heads;
-  const int num_runs = static_cast<int>(query_runs_.size());
-  buffers_.input.cols = q_size_;
-  pool_.run(num_runs * config_.num_kv_heads, [&](int item, int pe) {
-    const QueryRun& run = query_runs_[static_cast<size_t>(item / config_.num_kv_heads)];
-    const int kv_head = item % config_.num_kv_heads;
-    const int first_head = kv_head * heads_per_kv;
-    AttentionTask task;
-    task.q = buffers_.wide + int64_t{run.first_token} * qkv_size_ + first_head * config_.head_dim;
-    task.q_stride = qkv_size_;
-    task.out = buffers_.input.values + int64_t{run.first_token} * q_size_ +
-               first_head * config_.head_dim;
-    task.out_stride = q_size_;
-    task.num_tokens = run.num_tokens;
-    task.heads_per_kv = heads_per_kv;
-    task.head_dim = config_.head_dim;
-    task.first_position = buffers_.positions[run.first_token];
-    task.sliding_window = config_.sliding_window;
-    task.scale = 1.0f / std::sqrt(static_cast<float>(config_.head_dim));
-    task.keys = cache_.keys(layer, kv_head);
-    task.values = cache_.values(layer, kv_head);
-    task.kv_dtype = cache_.dtype;
-    task.block_ids = batch.block_ids + batch.block_offsets[run.row];
-    task.block_size = cache_.block_size;
-    task.block_stride = cache_.block_stride;
-    task.scratch = attention_scratch_[static_cast<size_t>(pe)];
-    kernels_.attention(task);
+bool Engine::are_heads_whole_groups() const {
+  return q_size_ / config_.num_kv_heads % kGroupSize == 0;
+}
+
+void Engine::quantize_heads(const QueryRun& run, int kv_head, const Matrix& next) {
+  if (!next.is_quantized() || !are_heads_whole_groups()) return;
+  const int width = q_size_ / config_.num_kv_heads;
+  for (int token = run.first_token; token < run.first_token + run.num_tokens; ++token) {
+    kernels_.quantize(buffers_.input, token, kv_head * width, (kv_head + 1) * width);
+  }
+}
+
+// inner = silu(gate) * up, as `down` wants it. Gate and up go through a small buffer, a stretch of
+// columns at a time, unless up's rows do not begin with a panel.
+void Engine::gate_up(int num_rows, const LayerWeights& weights) {
+  const int width = config_.intermediate_size;
+  const Matrix& w = weights.gate_up;
+  const bool is_quantized = weights.down.is_quantized();
+  if (width % kGroupSize != 0) {
+    matmul(w, buffers_.input, num_rows, {buffers_.wide, int64_t{2} * width, nullptr, false});
+    for_rows(num_rows, [&](int row, int) {
+      const float* gate = buffers_.wide + int64_t{row} * 2 * width;
+      kernels_.swiglu(buffers_.inner.values + int64_t{row} * width, gate, gate + width, width);
+    });
+    return;
+  }
+  const MatmulKernel kernel = kernels_.matmul[w.dtype];
+  const int num_blocks = ceil_div(num_rows, kMaxMatmulRows);
+  const int num_groups = width / kGroupSize;
+  const int num_stretches = std::max(1, pool_.size() * kItemsPerPe / num_blocks);
+  const int stretch = std::min(ceil_div(num_groups, num_stretches) * kGroupSize, kStretch);
+  pool_.run(ceil_div(width, stretch) * num_blocks, [&](int item, int pe) {
+    const PeScratch& scratch = scratch_[static_cast<size_t>(pe)];
+    const int begin = item / num_blocks * stretch, end = std::min(begin + stretch, width);
+    const int first_row = item % num_blocks * kMaxMatmulRows;
+    const int end_row = std::min(first_row + kMaxMatmulRows, num_rows);
+    const int panel = begin / kPanelRows, num_panels = (end - begin) / kPanelRows;
+    float* parts[2];
+    for (int part = 0; part < 2; ++part) {
+      parts[part] = scratch.gate_up + part * kMaxMatmulRows * kStretch;
+      const int first = part * (width / kPanelRows) + panel;
+      // Outputs are addressed from W's row 0 and the step's row 0.
+      float* origin = parts[part] - int64_t{first} * kPanelRows - int64_t{first_row} * kStretch;
+      kernel(w, first, first + num_panels, buffers_.input, first_row, end_row,
+             {origin, kStretch, nullptr, false}, scratch.matmul);
+    }
+    for (int row = first_row; row < end_row; ++row) {
+      const int64_t place = int64_t{row - first_row} * kStretch;
+      kernels_.swiglu(buffers_.inner.values + int64_t{row} * width + begin, parts[0] + place,
+                      parts[1] + place, end - begin);
+      if (is_quantized) kernels_.quantize(buffers_.inner, row, begin, end);
+    }
   });
 }
 
 // An item is some panels times a block of rows. Neighbouring items share panels, not rows, so that
 // a panel comes from memory once.
-void Engine::matmul(const Matrix& w, int num_rows, const Output& out) {
+template <class Finish>
+void Engine::run_matmul(const Matrix& w, const Activations& x, int num_rows, const Output& out,
+                        const Finish& finish) {
   const MatmulKernel kernel = kernels_.matmul[w.dtype];
-  const int num_blocks = ceil_div(num_rows, kRowBlock);
+  const int num_blocks = ceil_div(num_rows, kMaxMatmulRows);
   const int num_items = std::max(1, pool_.size() * kItemsPerPe / num_blocks);
   const int panels_per_item = ceil_div(w.num_panels, num_items);
-  pool_.run(ceil_div(w.num_panels, panels_per_item) * num_blocks, [&](int item, int) {
+  const auto body = [&](int item, int pe) {
     const int first_panel = item / num_blocks * panels_per_item;
-    const int first_row = item % num_blocks * kRowBlock;
-    kernel(w, first_panel, std::min(first_panel + panels_per_item, w.num_panels), buffers_.input,
-           first_row, std::min(first_row + kRowBlock, num_rows), out);
+    const int first_row = item % num_blocks * kMaxMatmulRows;
+    kernel(w, first_panel, std::min(first_panel + panels_per_item, w.num_panels), x, first_row,
+           std::min(first_row + kMaxMatmulRows, num_rows), out,
+           scratch_[static_cast<size_t>(pe)].matmul);
+  };
+  pool_.run(ceil_div(w.num_panels, panels_per_item) * num_blocks, body, finish);
+}
+
+void Engine::matmul(const Matrix& w, const Activations& x, int num_rows, const Output& out) {
+  run_matmul(w, x, num_rows, out, ThreadPool::NoFinish());
+}
+
+void Engine::matmul_and_norm(const Matrix& w, const Activations& x, int num_rows,
+                             const Output& out, const float* norm, const Matrix& next) {
+  if (num_rows > kFewRows) {
+    matmul(w, x, num_rows, out);
+    norm_inputs(num_rows, nullptr, norm, next);
+    return;
+  }
+  run_matmul(w, x, num_rows, out, [&] {
+    buffers_.input.cols = config_.hidden_size;
+    for (int row = 0; row < num_rows; ++row) norm_row(row, row, norm, next);
   });
 }
 
@@ -315,7 +478,7 @@ void Engine::sample(const FsBatch& batch, int first, int count, const FsResult& 
   pool_.run(count, [&](int i, int pe) {
     sample_errors_[static_cast<size_t>(i)] = sample_row(
         kernels_, batch, first + i, buffers_.logits + int64_t{i} * config_.vocab_size,
-        config_.vocab_size, sampler_scratch_[static_cast<size_t>(pe)], result);
+        config_.vocab_size, scratch_[static_cast<size_t>(pe)].sampler, result);
   });
   for (int i = 0; i < count; ++i) {
     throw_if_failed(sample_errors_[static_cast<size_t>(i)], batch.sample_rows[first + i]);

@@ -1,9 +1,10 @@
 // The model, its cache and its threads: one whole step in one call.
 //
-// A layer is a dozen jobs for the pool (norm + quantise, QKV, rotate + KV write, attention, ...).
-// Jobs cut their work over rows, heads and output panels and never over a sum, so that neither the
-// number of PEs nor the batch changes a bit. All memory is reserved when the engine is made; a step
-// allocates nothing.
+// A layer is a few jobs for the pool: QKV; rotate, KV write and attention; output projection; gate,
+// up and SwiGLU; down. What follows per row (norm, quantise) is done by the producer where it has
+// the whole row or group, else by a job of its own; the values are the same. Jobs cut their work
+// over rows, heads and output panels and never over a sum, so that neither the number of PEs nor
+// the batch changes a bit. All memory is reserved when the engine is made; a step allocates nothing.
 #pragma once
 
 #include <vector>
@@ -32,36 +33,65 @@ class Engine {
   struct Buffers {
     float* hidden;          // (tokens, hidden): the residual stream
     float* wide;            // (tokens, max(qkv, 2 intermediate)): outputs of the widening matmuls
-    Activations input;      // left operand of the next matmul, at most (tokens, widest input)
+    Activations input;      // left operand of QKV, output and gate-up: (tokens, max(hidden, q))
+    Activations inner;      // left operand of down: (tokens, intermediate)
     int32_t* positions;     // (tokens,)
-    int64_t* slots;         // (tokens,) element offset of the token in a layer's head
+    int64_t* slots;         // (tokens,) block id * block_size + offset in the block
     float *cos, *sin;       // (tokens, head_dim / 2)
     int32_t* sampled;       // (kLogitsRows,) token indices of the rows being sampled
     float* logits;          // (kLogitsRows, vocab)
+    float* partials;        // (kMaxSharedStates, head_dim + 2): of contexts that are shared out
 
     static Buffers from(Arena& arena, const FsEngineConfig& config);
   };
-  // A run of query tokens of one row, all heads of one KV head: the unit of attention.
+  // Working memory of one PE.
+  struct PeScratch {
+    float* attention;
+    void* matmul;
+    float* gate_up;  // (2, kMaxMatmulRows, kStretch): gate and up of a few columns
+    SamplerScratch sampler;
+
+    static PeScratch from(Arena& arena, const FsEngineConfig& config);
+  };
+  // A run of query tokens of one row: with one KV head, the unit of attention.
   struct QueryRun {
     int row, first_token, num_tokens;
+    int num_parts;        // 1; or the partitions of its context, each a task of its own
+    int first_partition;  // num_parts > 1: the first of them ...
+    int64_t first_state;  // ... and its place in `partials`, in states of one query
+    int first_task;       // of num_parts * num_kv_heads
   };
 
   void forward(const FsBatch& batch);
   void locate_tokens(const FsBatch& batch);
   void plan_attention(const FsBatch& batch);
+  void share_out(QueryRun& run, int64_t* num_states) const;
   void embed(const FsBatch& batch);
   void attention_block(const FsBatch& batch, int layer);
   void feed_forward_block(int num_tokens, int layer);
   void norm_inputs(int num_rows, const int32_t* tokens, const float* weight, const Matrix& next);
-  void quantize_inputs(int num_rows, const Matrix& next);
-  void cache_keys_and_values(int num_tokens, int layer);
+  void norm_row(int row, int64_t token, const float* weight, const Matrix& next);
+  void cache_tokens(int layer, int first_token, int num_tokens, int kv_head);
   void attend(const FsBatch& batch, int layer);
-  void matmul(const Matrix& w, int num_rows, const Output& out);
+  void attend_part(const FsBatch& batch, int layer, const QueryRun& run, int part, int kv_head,
+                   int pe);
+  void merge_parts(const Matrix& next);
+  float* states_of(const QueryRun& run, int kv_head) const;
+  bool are_heads_whole_groups() const;
+  void quantize_heads(const QueryRun& run, int kv_head, const Matrix& next);
+  void gate_up(int num_rows, const LayerWeights& weights);
+  void matmul(const Matrix& w, const Activations& x, int num_rows, const Output& out);
+  // The same, then the norm of all rows of the residual stream, for `next`.
+  void matmul_and_norm(const Matrix& w, const Activations& x, int num_rows, const Output& out,
+                       const float* norm, const Matrix& next);
   void sample(const FsBatch& batch, int first, int count, const FsResult& result);
 
   // Runs body(row, pe) for each row, several rows to an item.
   template <class Body>
   void for_rows(int num_rows, const Body& body);
+  template <class Finish>
+  void run_matmul(const Matrix& w, const Activations& x, int num_rows, const Output& out,
+                  const Finish& finish);
 
   const FsEngineConfig config_;
   const KernelTable& kernels_;
@@ -71,9 +101,11 @@ class Engine {
   const KvCache cache_;
   const MappedMemory memory_;
   Buffers buffers_;
-  std::vector<float*> attention_scratch_;    // one per PE
-  std::vector<SamplerScratch> sampler_scratch_;
+  std::vector<PeScratch> scratch_;           // one per PE
   std::vector<QueryRun> query_runs_;         // reserved for the worst case
+  bool is_one_run_a_row_ = true;             // of the step's rows
+  bool is_shared_out_ = false;               // some run has several parts
+  int num_tasks_ = 0;
   std::vector<SampleError> sample_errors_;   // (kLogitsRows,)
 };
 

@@ -11,7 +11,9 @@ namespace {
 
 const KernelTable* const kTables[] = {
 #if defined(__x86_64__)
-    &kAvx2Kernels,
+    &kAmxKernels, &kAvx512Kernels, &kAvx2Kernels,
+#elif defined(__aarch64__)
+    &kNeonKernels,
 #endif
     &kPortableKernels,
 };

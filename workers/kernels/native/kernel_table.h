@@ -20,6 +20,9 @@ struct Activations {
   float* scales;       // (rows, cols/32): max|x| of the group / 127
   int32_t* sums;       // (rows, cols/32): sum of the group's quants
   float* scaled_sums;  // (rows, cols/32): scale * sum
+  // (rows, cols/32): what a nibble's offset of 8 takes from a group, as two int16 in one int32:
+  // -8 * (sum of the quants at index % 4 < 2) in the low half, the other quants' in the high half.
+  int32_t* nibble_offsets;
 };
 
 // The result of a matmul and what is folded into it.
@@ -30,16 +33,31 @@ struct Output {
   bool accumulate;          // add to `values` (a residual) instead of overwriting them
 };
 
+// Rows of the left operand that one call of a matmul kernel gets at most: with K inputs each they
+// stay in the second-level cache while panels go past.
+constexpr int kMaxMatmulRows = 128;
+
 // Panels [panel_begin, panel_end) of W times rows [row_begin, row_end) of x.
+//   scratch: matmul_scratch_nbytes(w.cols), 64-byte aligned, one per PE, contents arbitrary: where a
+//   kernel unpacks a panel once for many rows.
 using MatmulKernel = void (*)(const Matrix& w, int panel_begin, int panel_end,
                               const Activations& x, int row_begin, int row_end,
-                              const Output& out);
+                              const Output& out, void* scratch);
+
+constexpr int64_t matmul_scratch_nbytes(int cols) {
+  return int64_t{96} * cols + int64_t{kMaxMatmulRows} * kPanelRows * 4 + 8192;
+}
 
 // Attention looks at the context in pieces of this many positions, at multiples of it: how the
 // online softmax is cut depends on positions alone, not on blocks, chunks or batches.
 constexpr int kPieceSize = 64;
 // Query vectors (tokens times the heads that share a KV head) that one task holds at most.
 constexpr int kMaxQueries = 64;
+
+// A context is cut into partitions of this many positions, at multiples of it. Each is attended to
+// on its own and the results are merged in ascending order, whether one PE did them all or many did:
+// so a long context can be shared out without changing a bit.
+constexpr int kPartitionSize = 256;
 
 // Some query tokens of one sequence, all heads of one KV head, against that sequence's cache.
 struct AttentionTask {
@@ -51,16 +69,23 @@ struct AttentionTask {
   int first_position;        // of token 0; its context is positions 0 .. first_position
   int sliding_window;        // a token sees itself and the window - 1 before it; 0: all
   float scale;
-  const void *keys, *values;  // this KV head in block 0: (block_size, head_dim) fp32 or bf16
-  FsDtype kv_dtype;
+  const void *keys, *values;  // this KV head in block 0: (block_size, head_dim) of kv_dtype
+  const float *key_scales, *value_scales;  // int8: this KV head's in block 0: (block_size,)
+  FsDtype kv_dtype;          // fp32, bf16 or int8
   const int32_t* block_ids;
   int block_size;
   int64_t block_stride;      // elements from one block to the next
+  int64_t scale_stride;      // scales from one block to the next
+  // Only the partitions [partition_begin, partition_end) are attended to, and the state of each goes
+  // to `partials` (partition, query, head_dim + 2), for merge_attention; or, where that is null, all
+  // of the context is and the result goes to `out`.
+  int partition_begin, partition_end;
+  float* partials;
   float* scratch;            // attention_scratch_floats(head_dim), 64-byte aligned
 };
 
 constexpr int64_t attention_scratch_floats(int head_dim) {
-  return int64_t{kMaxQueries} * (2 * head_dim + kPieceSize + 4);
+  return int64_t{kMaxQueries} * (3 * head_dim + kPieceSize + 8) + 2 * kPieceSize * head_dim;
 }
 
 struct KernelTable {
@@ -69,11 +94,19 @@ struct KernelTable {
   MatmulKernel matmul[4];  // by FsDtype
   // Row kernels. n, cols, head_dim: any positive number (head_dim: a multiple of 8).
   void (*rms_norm)(float* y, const float* x, const float* weight, int cols, float eps);
-  void (*quantize)(const Activations& x, int row);  // fills the quantised fields from `values`
+  // Fills the quantised fields of one row from `values`, columns [col_begin, col_end), both at
+  // multiples of 32.
+  void (*quantize)(const Activations& x, int row, int col_begin, int col_end);
   void (*swiglu)(float* y, const float* gate, const float* up, int n);
   void (*rotate)(float* head, const float* cos, const float* sin, int head_dim);
   void (*bf16_from_float)(uint16_t* y, const float* x, int n);
+  // y = x / scale rounded half to even, n a multiple of 8. Returns the scale, max|x| / 127.
+  float (*quantize_head)(int8_t* y, const float* x, int n);
   void (*attention)(const AttentionTask& task);
+  // The result of one query from its state in partitions 0 .. count: `partials` (count, head_dim + 2),
+  // `stride` floats from one partition to the next. scratch: attention_scratch_floats.
+  void (*merge_attention)(float* out, const float* partials, int64_t stride, int count,
+                          int head_dim, float* scratch);
   // Vocabulary kernels. max_finite: the largest, or NaN when any value is NaN or infinite.
   float (*max_finite)(const float* x, int n);
   // y[i] = exp((x[i] - shift) / temperature) in double, x <= shift; 0 where it is below e^-700.
@@ -83,6 +116,10 @@ struct KernelTable {
 extern const KernelTable kPortableKernels;
 #if defined(__x86_64__)
 extern const KernelTable kAvx2Kernels;
+extern const KernelTable kAvx512Kernels;
+extern const KernelTable kAmxKernels;
+#elif defined(__aarch64__)
+extern const KernelTable kNeonKernels;
 #endif
 
 // The index-th family that this CPU can run, best first; null past the last.

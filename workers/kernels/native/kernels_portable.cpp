@@ -124,7 +124,7 @@ void dot_int4(float* acc, const uint8_t* panel, const Matrix& w, const Activatio
 
 template <void (*Dot)(float*, const uint8_t*, const Matrix&, const Activations&, int)>
 void matmul(const Matrix& w, int panel_begin, int panel_end, const Activations& x, int row_begin,
-            int row_end, const Output& out) {
+            int row_end, const Output& out, void*) {
   for (int panel = panel_begin; panel < panel_end; ++panel) {
     for (int row = row_begin; row < row_end; ++row) {
       float acc[kPanelRows] = {};
@@ -147,7 +147,9 @@ const KernelTable kPortableKernels = {
     portable::swiglu,
     portable::rotate,
     portable::bf16_from_float,
+    portable::quantize_head,
     portable::attention,
+    portable::merge_attention,
     portable::max_finite,
     portable::exp_double,
 };

@@ -1,11 +1,14 @@
 // The paged KV cache: per layer (blocks, kv_heads, block_size, head_dim), keys and values apart.
+// int8 has a float32 scale per head and position besides: per layer (blocks, kv_heads, block_size).
 //
 // Blocks take memory when they are first written; the address space of all is reserved at once.
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "api.h"
+#include "kernel_table.h"
 #include "mapped_memory.h"
 
 namespace furiosa {
@@ -17,28 +20,70 @@ class KvCache {
         block_size(config.block_size),
         head_stride(int64_t{config.block_size} * config.head_dim),
         block_stride(head_stride * config.num_kv_heads),
-        value_nbytes_(dtype == kBf16 ? 2 : 4),
+        scale_stride(int64_t{config.block_size} * config.num_kv_heads),
+        head_dim_(config.head_dim),
+        value_nbytes_(dtype == kInt8 ? 1 : dtype == kBf16 ? 2 : 4),
         layer_nbytes_(block_stride * config.num_blocks * value_nbytes_),
+        layer_scales_(dtype == kInt8 ? scale_stride * config.num_blocks : 0),
         keys_(layer_nbytes_ * config.num_layers),
-        values_(layer_nbytes_ * config.num_layers) {}
+        values_(layer_nbytes_ * config.num_layers),
+        key_scales_(layer_scales_ * config.num_layers * 4),
+        value_scales_(layer_scales_ * config.num_layers * 4) {}
 
   // Where block 0 of this layer's head begins; later blocks are `block_stride` elements apart.
   uint8_t* keys(int layer, int kv_head) const { return keys_.data() + offset(layer, kv_head); }
   uint8_t* values(int layer, int kv_head) const { return values_.data() + offset(layer, kv_head); }
+  // The same of an int8 cache's scales; later blocks are `scale_stride` floats apart.
+  float* key_scales(int layer, int kv_head) const { return scales(key_scales_, layer, kv_head); }
+  float* value_scales(int layer, int kv_head) const {
+    return scales(value_scales_, layer, kv_head);
+  }
 
-  uint8_t* element(uint8_t* base, int64_t index) const { return base + index * value_nbytes_; }
+  // Writes head_dim values of one head at `slot`, a position counted in positions from block 0 on.
+  void put_key(int layer, int kv_head, int64_t slot, const float* head,
+               const KernelTable& kernels) const {
+    put(keys(layer, kv_head), key_scales(layer, kv_head), slot, head, kernels);
+  }
+  void put_value(int layer, int kv_head, int64_t slot, const float* head,
+                 const KernelTable& kernels) const {
+    put(values(layer, kv_head), value_scales(layer, kv_head), slot, head, kernels);
+  }
 
   const FsDtype dtype;
   const int block_size;
   const int64_t head_stride, block_stride;  // in elements
+  const int64_t scale_stride;
 
  private:
   int64_t offset(int layer, int kv_head) const {
     return layer * layer_nbytes_ + kv_head * head_stride * value_nbytes_;
   }
+  float* scales(const MappedMemory& memory, int layer, int kv_head) const {
+    return reinterpret_cast<float*>(memory.data()) + layer * layer_scales_ +
+           int64_t{kv_head} * block_size;
+  }
 
-  const int64_t value_nbytes_, layer_nbytes_;
-  const MappedMemory keys_, values_;
+  void put(uint8_t* base, float* scales, int64_t slot, const float* head,
+           const KernelTable& kernels) const {
+    const int64_t block = slot / block_size, offset = slot % block_size;
+    uint8_t* place = base + (block * block_stride + offset * head_dim_) * value_nbytes_;
+    switch (dtype) {
+      case kBf16:
+        kernels.bf16_from_float(reinterpret_cast<uint16_t*>(place), head, head_dim_);
+        break;
+      case kInt8:
+        scales[block * scale_stride + offset] =
+            kernels.quantize_head(reinterpret_cast<int8_t*>(place), head, head_dim_);
+        break;
+      default:
+        std::memcpy(place, head, static_cast<size_t>(head_dim_) * sizeof(float));
+        break;
+    }
+  }
+
+  const int head_dim_;
+  const int64_t value_nbytes_, layer_nbytes_, layer_scales_;
+  const MappedMemory keys_, values_, key_scales_, value_scales_;
 };
 
 }  // namespace furiosa

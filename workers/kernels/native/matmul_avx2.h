@@ -225,7 +225,7 @@ SIMD_INLINE void run_tile(const Matrix& w, int panel, const Activations& x, int 
 // All rows of the range against one panel after the other: a panel stays in the first-level cache.
 template <template <int> class Kernel, int MaxRows>
 void matmul(const Matrix& w, int panel_begin, int panel_end, const Activations& x, int row_begin,
-            int row_end, const Output& out) {
+            int row_end, const Output& out, void*) {
   static_assert(MaxRows == 4 || MaxRows == 6, "the last rows are 5 at most");
   for (int panel = panel_begin; panel < panel_end; ++panel) {
     int row = row_begin;
@@ -247,7 +247,7 @@ constexpr MatmulKernel matmul_bf16 = matmul<TileBf16, 6>;
 constexpr MatmulKernel matmul_int8 = matmul<TileInt8, 4>;
 
 void matmul_int4(const Matrix& w, int panel_begin, int panel_end, const Activations& x,
-                 int row_begin, int row_end, const Output& out) {
+                 int row_begin, int row_end, const Output& out, void* scratch) {
   const MatmulKernel kernel = w.has_min ? matmul<TileInt4Min, 4> : matmul<TileInt4Plain, 4>;
-  kernel(w, panel_begin, panel_end, x, row_begin, row_end, out);
+  kernel(w, panel_begin, panel_end, x, row_begin, row_end, out, scratch);
 }

@@ -78,25 +78,49 @@ void rotate(float* head, const float* cos, const float* sin, int head_dim) {
   }
 }
 
-void quantize(const Activations& x, int row) {
-  const int groups = x.cols / kGroupSize;
-  const float* values = x.values + static_cast<int64_t>(row) * x.cols;
-  int8_t* quants = x.quants + static_cast<int64_t>(row) * x.cols;
-  const int64_t first = static_cast<int64_t>(row) * groups;
-  for (int g = 0; g < groups; ++g, values += kGroupSize, quants += kGroupSize) {
+void quantize(const Activations& x, int row, int col_begin, int col_end) {
+  const int64_t first = static_cast<int64_t>(row) * x.cols;
+  const int64_t first_group = static_cast<int64_t>(row) * (x.cols / kGroupSize);
+  for (int col = col_begin; col < col_end; col += kGroupSize) {
+    const float* values = x.values + first + col;
+    int8_t* quants = x.quants + first + col;
     const F8 left = max(abs(load(values)), abs(load(values + 8)));
     const F8 right = max(abs(load(values + 16)), abs(load(values + 24)));
     const float scale = max_lane(max(left, right)) / 127.0f;
-    int32_t total = 0;
+    int32_t sums[2] = {0, 0};  // of the quants at index % 4 < 2, and of the others
     if (scale == 0.0f) {
       std::memset(quants, 0, kGroupSize);
     } else {
-      total = quantize_group(quants, values, scale);
+      quantize_group(quants, values, scale, sums);
     }
-    x.scales[first + g] = scale;
-    x.sums[first + g] = total;
-    x.scaled_sums[first + g] = scale * static_cast<float>(total);
+    const int64_t group = first_group + col / kGroupSize;
+    const int32_t total = sums[0] + sums[1];
+    x.scales[group] = scale;
+    x.sums[group] = total;
+    x.scaled_sums[group] = scale * static_cast<float>(total);
+    const uint32_t low = static_cast<uint32_t>(-8 * sums[0]) & 0xffffu;
+    x.nibble_offsets[group] =
+        static_cast<int32_t>(low | static_cast<uint32_t>(-8 * sums[1]) << 16);
   }
+}
+
+float quantize_head(int8_t* y, const float* x, int n) {
+  F8 largest = splat(0.0f);
+  for (int i = 0; i < n; i += 8) largest = max(largest, abs(load(x + i)));
+  const float scale = max_lane(largest) / 127.0f;
+  if (scale == 0.0f) {
+    std::memset(y, 0, static_cast<size_t>(n));
+    return scale;
+  }
+  for (int i = 0; i < n; i += 8) {
+    float rounded[8];
+    store(rounded, round(div(load(x + i), splat(scale))));
+    for (int l = 0; l < 8; ++l) {
+      const float q = rounded[l];  // at most 127 but for a scale that has lost bits to underflow
+      y[i + l] = static_cast<int8_t>(q > 127.0f ? 127.0f : q < -127.0f ? -127.0f : q);
+    }
+  }
+  return scale;
 }
 
 // Rounded half to even; NaN stays NaN.

@@ -15,7 +15,7 @@ namespace {
 constexpr float kGreedyTemperature = 1e-5f;  // scheduler/params.py
 constexpr int kBlock = 64;
 
-// Penalised and suppressed logits, which `undo` puts back.
+// Logits that were penalised, biased or suppressed, which `undo` puts back.
 class Edits {
  public:
   explicit Edits(const SamplerScratch& scratch) : scratch_(scratch) {}
@@ -37,21 +37,44 @@ class Edits {
   int count_ = 0;
 };
 
-// Rules 1 and 2. Each token once, however often it occurs, so at most 2 vocab edits.
+bool has_penalty(const FsBatch& batch, int index) {
+  return batch.repetition_penalty[index] != 1.0f || batch.presence_penalty[index] != 0.0f ||
+         batch.frequency_penalty[index] != 0.0f;
+}
+
+// The penalties of rule 1, to each token of the history once, however often it occurs.
+void penalise(float* logits, const FsBatch& batch, int index, const SamplerScratch& scratch,
+              Edits& edits) {
+  const float repetition = batch.repetition_penalty[index];
+  const float presence = batch.presence_penalty[index];
+  const float frequency = batch.frequency_penalty[index];
+  const int begin = batch.history_offsets[index], end = batch.history_offsets[index + 1];
+  for (int i = begin + batch.history_prompt_lens[index]; i < end; ++i) {
+    ++scratch.counts[batch.history_ids[i]];
+  }
+  for (int i = begin; i < end; ++i) {
+    const int32_t id = batch.history_ids[i];
+    if (scratch.is_seen[id] != 0) continue;
+    scratch.is_seen[id] = 1;
+    float value = logits[id];
+    if (repetition != 1.0f) value = value > 0 ? value / repetition : value * repetition;
+    const int32_t count = scratch.counts[id];
+    if (count > 0) value -= frequency * static_cast<float>(count) + presence;
+    edits.set(logits, id, value);
+  }
+  for (int i = begin; i < end; ++i) {
+    scratch.is_seen[batch.history_ids[i]] = 0;
+    scratch.counts[batch.history_ids[i]] = 0;
+  }
+}
+
+// Rules 1 and 2: at most 3 vocab edits, for each part of them meets a token once.
 void edit(float* logits, const FsBatch& batch, int index, const SamplerScratch& scratch,
           Edits& edits) {
-  const float penalty = batch.repetition_penalty[index];
-  const int history_end = batch.history_offsets[index + 1];
-  if (penalty != 1.0f) {
-    for (int i = batch.history_offsets[index]; i < history_end; ++i) {
-      const int32_t id = batch.history_ids[i];
-      if (scratch.is_seen[id] != 0) continue;
-      scratch.is_seen[id] = 1;
-      edits.set(logits, id, logits[id] > 0 ? logits[id] / penalty : logits[id] * penalty);
-    }
-    for (int i = batch.history_offsets[index]; i < history_end; ++i) {
-      scratch.is_seen[batch.history_ids[i]] = 0;
-    }
+  if (has_penalty(batch, index)) penalise(logits, batch, index, scratch, edits);
+  for (int i = batch.bias_offsets[index]; i < batch.bias_offsets[index + 1]; ++i) {
+    const int32_t id = batch.bias_ids[i];
+    edits.set(logits, id, logits[id] + batch.bias_values[i]);
   }
   for (int i = batch.suppressed_offsets[index]; i < batch.suppressed_offsets[index + 1]; ++i) {
     const int32_t id = batch.suppressed_ids[i];
@@ -224,8 +247,9 @@ SamplerScratch SamplerScratch::from(Arena& arena, int vocab_size) {
   scratch.block_max = arena.take<double>((vocab_size + kBlock - 1) / kBlock);
   scratch.ids = arena.take<int32_t>(vocab_size);
   scratch.is_seen = arena.take<uint8_t>(vocab_size);
-  scratch.edited = arena.take<int32_t>(int64_t{2} * vocab_size);
-  scratch.originals = arena.take<float>(int64_t{2} * vocab_size);
+  scratch.counts = arena.take<int32_t>(vocab_size);
+  scratch.edited = arena.take<int32_t>(int64_t{3} * vocab_size);
+  scratch.originals = arena.take<float>(int64_t{3} * vocab_size);
   return scratch;
 }
 
@@ -244,7 +268,8 @@ SampleError sample_row(const KernelTable& kernels, const FsBatch& batch, int ind
   if (std::isnan(raw_largest)) return SampleError::kNotFinite;
   const bool is_edited =
       batch.suppressed_offsets[index + 1] > batch.suppressed_offsets[index] ||
-      (batch.repetition_penalty[index] != 1.0f &&
+      batch.bias_offsets[index + 1] > batch.bias_offsets[index] ||
+      (has_penalty(batch, index) &&
        batch.history_offsets[index + 1] > batch.history_offsets[index]);
   Edits edits(scratch);
   float largest = raw_largest;

@@ -18,8 +18,9 @@ struct SamplerScratch {
   double* block_max;  // (vocab / 64 rounded up,)
   int32_t* ids;       // (vocab,) candidates
   uint8_t* is_seen;   // (vocab,) all zero between rows
-  int32_t* edited;    // (2 vocab,) ids whose logit was changed, in order ...
-  float* originals;   // (2 vocab,) ... and what it was
+  int32_t* counts;    // (vocab,) all zero between rows
+  int32_t* edited;    // (3 vocab,) ids whose logit was changed, in order ...
+  float* originals;   // (3 vocab,) ... and what it was
 
   static SamplerScratch from(Arena& arena, int vocab_size);
 };

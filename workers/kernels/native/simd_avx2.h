@@ -12,6 +12,10 @@ SIMD_INLINE F8 load(const uint16_t* bf16) {
   const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bf16));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
+SIMD_INLINE F8 load(const int8_t* p) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+}
 SIMD_INLINE void store(float* p, F8 x) { _mm256_storeu_ps(p, x); }
 
 SIMD_INLINE F8 add(F8 a, F8 b) { return _mm256_add_ps(a, b); }
@@ -53,21 +57,27 @@ SIMD_INLINE float max_lane(F8 x) {
   return _mm_cvtss_f32(_mm_max_ss(four, _mm_shuffle_ps(four, four, 1)));
 }
 
-SIMD_INLINE int32_t quantize_group(int8_t* q, const float* x, float scale) {
+SIMD_INLINE void quantize_group(int8_t* q, const float* x, float scale, int32_t* sums) {
   const F8 divisor = splat(scale);
   __m256i words[4];
-  for (int i = 0; i < 4; ++i) words[i] = _mm256_cvtps_epi32(div(load(x + 8 * i), divisor));
-  // The packs saturate and work within 128-bit halves; the permutation puts the order right.
+  // More than 127 comes of scales so small that they have lost bits.
+  const __m256i most = _mm256_set1_epi32(127), least = _mm256_set1_epi32(-127);
+  for (int i = 0; i < 4; ++i) {
+    words[i] = _mm256_cvtps_epi32(div(load(x + 8 * i), divisor));
+    words[i] = _mm256_max_epi32(_mm256_min_epi32(words[i], most), least);
+  }
+  // The packs work within 128-bit halves; the permutation puts the order right.
   const __m256i low = _mm256_packs_epi32(words[0], words[1]);
   const __m256i high = _mm256_packs_epi32(words[2], words[3]);
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(q), bytes);
 
-  __m256i total = _mm256_add_epi32(_mm256_add_epi32(words[0], words[1]),
-                                   _mm256_add_epi32(words[2], words[3]));
+  const __m256i total = _mm256_add_epi32(_mm256_add_epi32(words[0], words[1]),
+                                         _mm256_add_epi32(words[2], words[3]));
   __m128i four =
       _mm_add_epi32(_mm256_castsi256_si128(total), _mm256_extracti128_si256(total, 1));
-  four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
-  return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+  four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1));  // lanes 0 and 1, lanes 2 and 3
+  sums[0] = _mm_cvtsi128_si32(four);
+  sums[1] = _mm_extract_epi32(four, 2);
 }

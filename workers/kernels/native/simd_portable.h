@@ -26,6 +26,11 @@ SIMD_INLINE F8 load(const uint16_t* bf16) {
   std::memcpy(&x, bits, 32);
   return x;
 }
+SIMD_INLINE F8 load(const int8_t* p) {
+  float values[8];
+  for (int i = 0; i < 8; ++i) values[i] = static_cast<float>(p[i]);
+  return load(values);
+}
 SIMD_INLINE void store(float* p, F8 x) { std::memcpy(p, &x, 32); }
 
 SIMD_INLINE F8 add(F8 a, F8 b) { return {a.lo + b.lo, a.hi + b.hi}; }
@@ -71,17 +76,16 @@ SIMD_INLINE float max_lane(F8 x) {
   return even > odd ? even : odd;
 }
 
-// q[i] = x[i] / scale rounded half to even, i < 32. Returns the sum of the q.
-SIMD_INLINE int32_t quantize_group(int8_t* q, const float* x, float scale) {
-  int32_t total = 0;
+// q[i] = x[i] / scale rounded half to even, i < 32. sums[0]: of the q[i] with i % 4 < 2; sums[1]:
+// of the others.
+SIMD_INLINE void quantize_group(int8_t* q, const float* x, float scale, int32_t* sums) {
   for (int i = 0; i < 32; i += 8) {
     float rounded[8];
     store(rounded, round(div(load(x + i), splat(scale))));
     for (int l = 0; l < 8; ++l) {
       const int32_t value = static_cast<int32_t>(rounded[l]);
       q[i + l] = static_cast<int8_t>(value > 127 ? 127 : value < -127 ? -127 : value);
-      total += q[i + l];
+      sums[l % 4 / 2] += q[i + l];
     }
   }
-  return total;
 }

@@ -102,7 +102,11 @@ void ThreadPool::run_items(uint32_t generation, int pe) {
   int item;
   while (take(generation, count, &item)) {
     trampoline(context, item, pe);
-    if (num_unfinished_.fetch_sub(1) == 1 && is_caller_asleep_.load()) {
+    // One more than the items: the last of them is followed by finish().
+    if (num_unfinished_.fetch_sub(1) != 2) continue;
+    trampoline(context, kFinish, pe);
+    num_unfinished_.store(0);
+    if (is_caller_asleep_.load()) {
       const std::lock_guard<std::mutex> lock(mutex_);
       job_done_.notify_one();
     }
@@ -114,7 +118,7 @@ void ThreadPool::run_job(int count, const void* context, Trampoline trampoline) 
   context_.store(context, std::memory_order_release);
   trampoline_.store(trampoline, std::memory_order_release);
   count_.store(count, std::memory_order_release);
-  num_unfinished_.store(count, std::memory_order_release);
+  num_unfinished_.store(count + 1, std::memory_order_release);
   ticket_.store(ticket_of(generation, 0));
   if (num_asleep_.load() > 0) {
     const std::lock_guard<std::mutex> lock(mutex_);

@@ -29,16 +29,27 @@ class ThreadPool {
 
   int size() const { return static_cast<int>(cpus_.size()); }
 
-  // Runs body(item, pe) for every item in 0 .. count and returns when all are done. `body` must
-  // not throw. Not reentrant.
-  template <class Body>
-  void run(int count, const Body& body) {
+  struct NoFinish {
+    void operator()() const {}
+  };
+
+  // Runs body(item, pe) for every item in 0 .. count, then finish() on the PE that ended last, and
+  // returns when all is done. Neither may throw. Not reentrant.
+  template <class Body, class Finish = NoFinish>
+  void run(int count, const Body& body, const Finish& finish = Finish()) {
     if (count <= 1 || size() == 1) {
       for (int item = 0; item < count; ++item) body(item, 0);
+      finish();
       return;
     }
-    run_job(count, &body, [](const void* context, int item, int pe) {
-      (*static_cast<const Body*>(context))(item, pe);
+    struct Job {
+      const Body& body;
+      const Finish& finish;
+    };
+    const Job job{body, finish};
+    run_job(count, &job, [](const void* context, int item, int pe) {
+      const Job& called = *static_cast<const Job*>(context);
+      item == kFinish ? called.finish() : called.body(item, pe);
     });
   }
 
@@ -54,6 +65,8 @@ class ThreadPool {
   };
 
  private:
+  static constexpr int kFinish = -1;  // the item that stands for finish()
+
   using Trampoline = void (*)(const void* context, int item, int pe);
 
   void run_job(int count, const void* context, Trampoline trampoline);

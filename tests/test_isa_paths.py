@@ -1,0 +1,225 @@
+"""The AVX-512, AMX and NEON kernel families, on a machine that need not have them.
+
+AVX-512 and AMX run in a build whose instructions are emulated (native_emulation/); NEON in a real
+AArch64 build under qemu, where both are installed. The families promise more than closeness: int8,
+int4 and fp32 products have the same bits in avx2, avx512 and amx, tiles or not.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import native_builds
+import numpy as np
+import pytest
+import test_native
+from step_batches import Row, step_batch
+from test_native import PROMPTS, all_logits, blocks_of, packed_tensor
+from tiny_models import tiny_artifact
+
+from furiosa_llm.errors import InvalidRequestError
+from furiosa_llm.workers.artifact.artifact import Tensor
+from furiosa_llm.workers.artifact.packing import pack_quantized
+from furiosa_llm.workers.artifact.quantize import QuantizedRows
+from furiosa_llm.workers.kernels import native, native_library
+from furiosa_llm.workers.kernels.native import NativeExecutor
+
+EMULATED = ("avx512", "amx")
+DTYPES = ("fp32", "bf16", "int8", "int4", "int4-min")
+# Below, at and above the rows of a register tile (8) and an AMX tile (16), and what is left over.
+NUM_ROWS = (1, 2, 3, 5, 8, 12, 15, 16, 17, 21, 22, 31, 48)
+
+
+@pytest.fixture(scope="module")
+def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    compiler = native_builds.find_compiler()
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    if platform.machine() != "x86_64" or "avx2" not in native_library.available_isas():
+        pytest.skip("the emulated families need AVX2 for all but their wide registers")
+    return native_builds.build_emulated(compiler, tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.fixture
+def emulated(emulated_library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything native runs on the emulating build."""
+    loaded = native_library.load_library(emulated_library)
+    monkeypatch.setattr(native_library, "library", lambda: loaded)
+    monkeypatch.setattr(native, "library", lambda: loaded)
+
+
+def random_tensor(dtype: str, rows: int, cols: int) -> Tensor:
+    values = np.random.default_rng(rows * cols).standard_normal((rows, cols))
+    return packed_tensor(values.astype(np.float32), dtype)
+
+
+def random_inputs(rows: int, cols: int) -> np.ndarray:
+    x = np.random.default_rng(rows).standard_normal((rows, cols)).astype(np.float32)
+    x[rows // 2, :32] = 0
+    return x
+
+
+def exact_tensor(dtype: str, q: np.ndarray) -> Tensor:
+    """Integers with scales that are powers of two, so that every sum is exact in float32."""
+    groups = q.shape[1] // 32
+    scales = 2.0 ** (np.arange(q.shape[0] * groups).reshape(len(q), groups) % 3)
+    mins = -5.0 * scales if dtype == "int4-min" else None
+    blocks = QuantizedRows(
+        q.astype(np.int8 if dtype == "int8" else np.uint8),
+        scales.astype(np.float16),
+        None if mins is None else mins.astype(np.float16),
+    )
+    packed = pack_quantized(blocks)
+    room = np.zeros(len(packed) + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    room[start : start + len(packed)] = packed
+    data = room[start : start + len(packed)]
+    return Tensor(dtype[:4], *q.shape, mins is not None, data)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("isa", ["avx2", *EMULATED])
+@pytest.mark.parametrize("dtype", ["int8", "int4", "int4-min"])
+def test_integer_sums_are_exact(isa: str, dtype: str) -> None:
+    random = np.random.default_rng(7)
+    low, high = (-128, 128) if dtype == "int8" else (0, 16)
+    q = random.integers(low, high, (40, 96))
+    q[:2], q[2:4] = low, high - 1  # what saturates first
+    tensor = exact_tensor(dtype, q)
+    inputs = random.integers(-127, 128, (48, 96))
+    inputs[:, ::32] = 127  # the largest of each group: its scale is 1, its quants these numbers
+    inputs[3], inputs[4] = 127, -127
+
+    y = native.matmul(tensor, inputs.astype(np.float32), isa=isa)
+
+    weights = test_native.unpack_matrix(tensor.data, *q.shape, tensor.dtype, tensor.has_min)
+    assert np.array_equal(y, inputs @ weights.T.astype(np.int64))
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("isa", EMULATED)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(16, 32), (37, 160)])
+def test_products_are_right(isa: str, dtype: str, shape: tuple[int, int]) -> None:
+    test_native.test_matmul_is_the_product(isa, dtype, shape)
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("num_rows", NUM_ROWS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_families_agree_bit_for_bit(dtype: str, num_rows: int) -> None:
+    for shape in [(40, 96), (7, 160)]:
+        tensor, x = random_tensor(dtype, *shape), random_inputs(num_rows, shape[1])
+        expected = native.matmul(tensor, x, isa="avx2")
+        assert np.array_equal(native.matmul(tensor, x, isa="avx512"), expected)
+        if dtype != "bf16":  # amx sums bf16 in its tiles' own order
+            assert np.array_equal(native.matmul(tensor, x, isa="amx"), expected)
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("isa", EMULATED)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_do_not_depend_on_the_number_of_rows(isa: str, dtype: str) -> None:
+    tensor, x = random_tensor(dtype, 40, 96), random_inputs(48, 96)
+    whole = native.matmul(tensor, x, isa=isa)
+    for count in NUM_ROWS:
+        assert np.array_equal(native.matmul(tensor, x[:count], isa=isa), whole[:count])
+        assert np.array_equal(native.matmul(tensor, x[-count:], isa=isa), whole[-count:])
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("isa", EMULATED)
+@pytest.mark.parametrize("cols", [2, 30, 34, 70])
+def test_floats_in_columns_that_fill_no_tile(isa: str, cols: int) -> None:
+    for dtype in ("fp32", "bf16"):
+        tensor, x = random_tensor(dtype, 33, cols), random_inputs(21, cols)
+        y = native.matmul(tensor, x, isa=isa)
+        weights = test_native.unpack_matrix(tensor.data, 33, cols, dtype)
+        np.testing.assert_allclose(y, x.astype(np.float64) @ weights.T, rtol=1e-4, atol=1e-4)
+        assert np.array_equal(native.matmul(tensor, x[:5], isa=isa), y[:5])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("isa", EMULATED)
+@pytest.mark.parametrize("weights", ["fp32", "bf16", "int8", "int4"])
+def test_a_model_gives_the_same_logits_however_it_is_run(
+    tmp_path: Path, isa: str, weights: str
+) -> None:
+    artifact = tiny_artifact(tmp_path, "llama", weights)
+
+    def run(isa: str, *, chunk: int, together: bool, num_pes: int) -> np.ndarray:
+        executor = NativeExecutor(
+            artifact,
+            num_blocks=64,
+            block_size=16,
+            kv_cache_dtype="bf16",
+            cpus=((),) * num_pes,
+            max_num_batched_tokens=256,
+            isa=isa,
+        )
+        logits = all_logits(executor, chunk, together, 16)
+        executor.close()
+        return logits
+
+    together = run(isa, chunk=128, together=True, num_pes=2)
+    assert np.array_equal(run(isa, chunk=19, together=False, num_pes=1), together)
+    near = run("avx2", chunk=128, together=True, num_pes=2)
+    if isa == "avx512":
+        assert np.array_equal(near, together)
+    else:
+        assert np.abs(near - together).max() < test_native.logits_bounds(weights, "bf16")[0]
+
+
+@pytest.mark.usefixtures("emulated")
+def test_steps_of_an_emulated_family_sample(tmp_path: Path) -> None:
+    executor = NativeExecutor(
+        tiny_artifact(tmp_path, "llama", "int4"),
+        num_blocks=64,
+        block_size=16,
+        kv_cache_dtype="fp32",
+        cpus=((),),
+        max_num_batched_tokens=256,
+        isa="amx",
+    )
+    batch = step_batch([Row(0, p, blocks_of(i)) for i, p in enumerate(PROMPTS)])
+    expected = executor.logits(batch).argmax(axis=1)
+    assert np.array_equal(executor.execute(batch).token_ids, expected)
+    assert executor.isa == "amx"
+    executor.close()
+
+
+def test_a_family_of_another_cpu_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    isas = native_library.available_isas()
+    assert isas[-1] == "portable"
+    for isa in set(native_library.KNOWN_ISAS) - set(isas):
+        monkeypatch.setenv("FURIOSA_SERVE_ISA", isa)
+        with pytest.raises(InvalidRequestError) as caught:
+            native_library.resolve_isa()
+        assert f"'{isa}', which this CPU cannot run: this CPU has {isas[0]}" in str(caught.value)
+    monkeypatch.setenv("FURIOSA_SERVE_ISA", "avx3")
+    with pytest.raises(InvalidRequestError, match="'avx3', which is no kernel family"):
+        native_library.resolve_isa()
+
+
+@pytest.mark.slow
+def test_neon_agrees_with_portable(tmp_path: Path) -> None:
+    compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+    if compiler is None or emulator is None:
+        pytest.skip("needs aarch64-linux-gnu-g++ and qemu-aarch64")
+    program = tmp_path / "check_neon"
+    sources = [native_builds.EMULATION / "check_neon.cpp"]
+    sources += [native_builds.NATIVE / f"{x}.cpp" for x in ("kernels_neon", "kernels_portable")]
+    sources.append(native_builds.NATIVE / "matrix.cpp")
+    objects = native_builds.compile_all(compiler, tmp_path, sources)
+    command = [compiler, "-static", *objects, "-o", str(program)]
+    subprocess.run(command, check=True, timeout=100)
+    done = subprocess.run(
+        [emulator, "-cpu", "max", str(program)], stdout=subprocess.PIPE, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stdout
+    assert "all checks passed" in done.stdout

@@ -1,0 +1,79 @@
+// The AVX-512 kernel family, for CPUs with VNNI. Its products use 16 lanes; the row and attention
+// kernels are those of the AVX2 family, compiled once more with 32 registers to keep values in.
+#if defined(__x86_64__)
+
+#if !defined(__clang__)
+// GCC 12 takes its own way of leaving a register undefined in these headers for a mistake.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "kernel_table.h"
+#include "target.h"
+
+#if defined(FS_EMULATE_ISA)  // a build for tests: tests/native_emulation
+BEGIN_TARGET("avx2,fma,f16c")
+#include "emulated_avx512.h"
+#else
+BEGIN_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
+#endif
+
+namespace furiosa {
+namespace avx512 {
+
+#include "simd_avx2.h"
+
+#include "row_kernels.h"
+
+#include "attention_kernel.h"
+
+#include "matmul_avx512.h"
+
+}  // namespace avx512
+}  // namespace furiosa
+
+END_TARGET
+
+namespace furiosa {
+
+namespace {
+
+bool is_avx512_supported() {
+#if defined(FS_EMULATE_ISA)
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+#else
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx2") &&
+         __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#endif
+}
+
+}  // namespace
+
+const KernelTable kAvx512Kernels = {
+    "avx512",
+    is_avx512_supported,
+    {avx512::matmul16_fp32, avx512::matmul16_bf16, avx512::matmul16_int8, avx512::matmul16_int4},
+    avx512::rms_norm,
+    avx512::quantize,
+    avx512::swiglu,
+    avx512::rotate,
+    avx512::bf16_from_float,
+    avx512::quantize_head,
+    avx512::attention,
+    avx512::merge_attention,
+    avx512::max_finite,
+    avx512::exp_double,
+};
+
+}  // namespace furiosa
+
+#endif

@@ -1,0 +1,207 @@
+// Matrix products of the AVX-512 family, in register tiles of `Rows` rows by one panel: a panel's
+// 16 outputs are one register.
+//
+// Order of sums: as in the AVX2 family (matmul_avx2.h), lane for lane and operation for operation,
+// so that both give the same bits: an output is one lane; fp32 and bf16 take inputs from left to
+// right, each one FMA; int8 and int4 take groups of 32 from left to right, the sum inside a group
+// being exact in integers: acc = fma(dot, input scale * weight scale, acc), then
+// fma(scaled sum, min, acc). How an integer sum is split is free, since it is exact.
+// Included inside the family's namespace, after <immintrin.h>.
+
+SIMD_INLINE __m512 splat16(float x) { return _mm512_set1_ps(x); }
+SIMD_INLINE __m512 load16_half(const uint16_t* halves) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves)));
+}
+SIMD_INLINE __m512i load_quad(const uint8_t* bytes) {
+  return _mm512_loadu_si512(reinterpret_cast<const void*>(bytes));
+}
+// Four neighbouring quants of a row, in every lane.
+SIMD_INLINE __m512i splat_quad16(const int8_t* quants) {
+  int32_t quad;
+  std::memcpy(&quad, quants, 4);
+  return _mm512_set1_epi32(quad);
+}
+
+// A row's 16 outputs of a panel, of which only those that the matrix has are read and written.
+SIMD_INLINE void store_outputs(__m512 acc, const Matrix& w, int panel, int row,
+                               const Output& out) {
+  const int first = panel * kPanelRows;
+  const int count = w.rows - first < kPanelRows ? w.rows - first : kPanelRows;
+  const __mmask16 present = static_cast<__mmask16>((1u << count) - 1);
+  float* y = out.values + row * out.stride + first;
+  if (out.bias != nullptr) acc = _mm512_add_ps(acc, _mm512_maskz_loadu_ps(present, out.bias + first));
+  if (out.accumulate) acc = _mm512_add_ps(_mm512_maskz_loadu_ps(present, y), acc);
+  _mm512_mask_storeu_ps(y, present, acc);
+}
+
+template <int Rows>
+struct Tile16Fp32 {
+  static SIMD_INLINE void run(__m512 (&acc)[Rows], const uint8_t* panel, const Matrix& w,
+                              const Activations& x, int row) {
+    const float* values = reinterpret_cast<const float*>(panel);
+    const float* inputs = x.values + static_cast<int64_t>(row) * w.cols;
+    for (int k = 0; k < w.cols; ++k, values += kPanelRows) {
+      const __m512 weights = _mm512_loadu_ps(values);
+#pragma GCC unroll 8
+      for (int m = 0; m < Rows; ++m) {
+        const __m512 input = splat16(inputs[static_cast<int64_t>(m) * w.cols + k]);
+        acc[m] = _mm512_fmadd_ps(input, weights, acc[m]);
+      }
+    }
+  }
+};
+
+template <int Rows>
+struct Tile16Bf16 {
+  static SIMD_INLINE void run(__m512 (&acc)[Rows], const uint8_t* panel, const Matrix& w,
+                              const Activations& x, int row) {
+    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+    const float* inputs = x.values + static_cast<int64_t>(row) * w.cols;
+    for (int k = 0; k < w.cols; k += 2, panel += 64) {
+      // A 32-bit lane holds input k (low half) and input k + 1 (high half) of one output.
+      const __m512i pairs = load_quad(panel);
+      const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+      const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, upper));
+#pragma GCC unroll 8
+      for (int m = 0; m < Rows; ++m) {
+        const float* input = inputs + static_cast<int64_t>(m) * w.cols + k;
+        acc[m] = _mm512_fmadd_ps(splat16(input[0]), even, acc[m]);
+        acc[m] = _mm512_fmadd_ps(splat16(input[1]), odd, acc[m]);
+      }
+    }
+  }
+};
+
+// vpdpbusd multiplies unsigned by signed bytes: the weights go in as w + 128, and the sum starts at
+// -128 times the sum of the inputs.
+template <int Rows>
+struct Tile16Int8 {
+  static SIMD_INLINE void run(__m512 (&acc)[Rows], const uint8_t* panel, const Matrix& w,
+                              const Activations& x, int row) {
+    const int groups = w.num_groups();
+    const uint16_t* scales = reinterpret_cast<const uint16_t*>(panel + w.cols * kPanelRows);
+    const int8_t* quants = x.quants + static_cast<int64_t>(row) * w.cols;
+    const int64_t first = static_cast<int64_t>(row) * groups;
+    const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
+    for (int g = 0; g < groups; ++g, panel += 512, scales += kPanelRows, quants += kGroupSize) {
+      __m512i dot[Rows];
+#pragma GCC unroll 8
+      for (int m = 0; m < Rows; ++m) {
+        dot[m] = _mm512_set1_epi32(-128 * x.sums[first + static_cast<int64_t>(m) * groups + g]);
+      }
+#pragma GCC unroll 8
+      for (int quad = 0; quad < 8; ++quad) {
+        const __m512i weights = _mm512_xor_si512(load_quad(panel + quad * 64), sign);
+#pragma GCC unroll 8
+        for (int m = 0; m < Rows; ++m) {
+          const int8_t* input = quants + static_cast<int64_t>(m) * w.cols + quad * 4;
+          dot[m] = _mm512_dpbusd_epi32(dot[m], weights, splat_quad16(input));
+        }
+      }
+      const __m512 scale = load16_half(scales);
+#pragma GCC unroll 8
+      for (int m = 0; m < Rows; ++m) {
+        const __m512 input_scale = splat16(x.scales[first + static_cast<int64_t>(m) * groups + g]);
+        acc[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[m]), _mm512_mul_ps(input_scale, scale),
+                                 acc[m]);
+      }
+    }
+  }
+};
+
+// Nibbles are unsigned as they are; without mins they stand for the value 8 lower.
+template <int Rows, bool HasMin>
+struct Tile16Int4 {
+  static SIMD_INLINE void run(__m512 (&acc)[Rows], const uint8_t* panel, const Matrix& w,
+                              const Activations& x, int row) {
+    const int groups = w.num_groups();
+    const uint16_t* scales = reinterpret_cast<const uint16_t*>(panel + w.cols * kPanelRows / 2);
+    const uint16_t* mins = scales + groups * kPanelRows;
+    const int8_t* quants = x.quants + static_cast<int64_t>(row) * w.cols;
+    const int64_t first = static_cast<int64_t>(row) * groups;
+    const __m512i nibble = _mm512_set1_epi8(15);
+    for (int g = 0; g < groups; ++g, panel += 256, quants += kGroupSize) {
+      __m512i dot[Rows];
+#pragma GCC unroll 8
+      for (int m = 0; m < Rows; ++m) {
+        const int32_t sum = x.sums[first + static_cast<int64_t>(m) * groups + g];
+        dot[m] = HasMin ? _mm512_setzero_si512() : _mm512_set1_epi32(-8 * sum);
+      }
+#pragma GCC unroll 4
+      for (int quad = 0; quad < 4; ++quad) {
+        const __m512i packed = load_quad(panel + quad * 64);
+        const __m512i low = _mm512_and_si512(packed, nibble);
+        const __m512i high = _mm512_and_si512(_mm512_srli_epi16(packed, 4), nibble);
+#pragma GCC unroll 8
+        for (int m = 0; m < Rows; ++m) {
+          const int8_t* input = quants + static_cast<int64_t>(m) * w.cols + quad * 4;
+          dot[m] = _mm512_dpbusd_epi32(dot[m], low, splat_quad16(input));
+          dot[m] = _mm512_dpbusd_epi32(dot[m], high, splat_quad16(input + 16));
+        }
+      }
+      const __m512 scale = load16_half(scales + g * kPanelRows);
+#pragma GCC unroll 8
+      for (int m = 0; m < Rows; ++m) {
+        const __m512 input_scale = splat16(x.scales[first + static_cast<int64_t>(m) * groups + g]);
+        acc[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[m]), _mm512_mul_ps(input_scale, scale),
+                                 acc[m]);
+      }
+      if (HasMin) {
+        const __m512 min = load16_half(mins + g * kPanelRows);
+#pragma GCC unroll 8
+        for (int m = 0; m < Rows; ++m) {
+          const float sum = x.scaled_sums[first + static_cast<int64_t>(m) * groups + g];
+          acc[m] = _mm512_fmadd_ps(splat16(sum), min, acc[m]);
+        }
+      }
+    }
+  }
+};
+
+template <int Rows>
+using Tile16Int4Min = Tile16Int4<Rows, true>;
+template <int Rows>
+using Tile16Int4Plain = Tile16Int4<Rows, false>;
+
+template <template <int> class Kernel, int Rows>
+SIMD_INLINE void run_tile16(const Matrix& w, int panel, const Activations& x, int row,
+                            const Output& out) {
+  __m512 acc[Rows];
+  for (int m = 0; m < Rows; ++m) acc[m] = splat16(0.0f);
+  Kernel<Rows>::run(acc, w.panel(panel), w, x, row);
+  for (int m = 0; m < Rows; ++m) store_outputs(acc[m], w, panel, row + m, out);
+}
+
+// One panel times rows [row, row_end): eight rows a tile, whose sums and products fill half of the
+// registers and hide the latency of vpdpbusd.
+template <template <int> class Kernel>
+SIMD_INLINE void run_panel16(const Matrix& w, int panel, const Activations& x, int row, int row_end,
+                             const Output& out) {
+  for (; row + 8 <= row_end; row += 8) run_tile16<Kernel, 8>(w, panel, x, row, out);
+  if (row + 4 <= row_end) run_tile16<Kernel, 4>(w, panel, x, row, out), row += 4;
+  switch (row_end - row) {
+    case 3: run_tile16<Kernel, 3>(w, panel, x, row, out); break;
+    case 2: run_tile16<Kernel, 2>(w, panel, x, row, out); break;
+    case 1: run_tile16<Kernel, 1>(w, panel, x, row, out); break;
+    default: break;
+  }
+}
+
+// All rows of the range against one panel after the other: a panel stays in the first-level cache.
+template <template <int> class Kernel>
+void matmul16(const Matrix& w, int panel_begin, int panel_end, const Activations& x, int row_begin,
+              int row_end, const Output& out, void*) {
+  for (int panel = panel_begin; panel < panel_end; ++panel) {
+    run_panel16<Kernel>(w, panel, x, row_begin, row_end, out);
+  }
+}
+
+constexpr MatmulKernel matmul16_fp32 = matmul16<Tile16Fp32>;
+constexpr MatmulKernel matmul16_bf16 = matmul16<Tile16Bf16>;
+constexpr MatmulKernel matmul16_int8 = matmul16<Tile16Int8>;
+
+void matmul16_int4(const Matrix& w, int panel_begin, int panel_end, const Activations& x,
+                   int row_begin, int row_end, const Output& out, void* scratch) {
+  const MatmulKernel kernel = w.has_min ? matmul16<Tile16Int4Min> : matmul16<Tile16Int4Plain>;
+  kernel(w, panel_begin, panel_end, x, row_begin, row_end, out, scratch);
+}
