@@ -1,8 +1,8 @@
 """The engine's arguments: fields for programs, flags for the command line.
 
-Each field has one row in `_FIELDS`: how its flag's text is read, and the check that the constructor
-and the flag share. The order of the rows is that of the flags; the order of the dataclass's fields
-is that of Furiosa-LLM, whose arguments may be given by position.
+Each field has one row in `ENGINE_FIELDS`: how its flag's text is read, and the check that the
+constructor and the flag share. The order of the rows is that of the flags; the order of the
+dataclass's fields is that of Furiosa-LLM, whose arguments may be given by position.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class EngineArgs:
     """PEs of each worker; None is all of its device's."""
 
     def __post_init__(self) -> None:
-        for name, row in _FIELDS.items():
+        for name, row in ENGINE_FIELDS.items():
             setattr(self, name, row.check(_flag(name), getattr(self, name)))
         if self.paged_attention_num_blocks is not None and self.kv_cache_memory is not None:
             raise refuse(
@@ -121,7 +121,7 @@ class EngineArgs:
     def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         """Add the flags to `parser`, which is returned. A bad value is argparse's own error."""
         ours = parser.add_argument_group("furiosa-serve")
-        for name, row in _FIELDS.items():
+        for name, row in ENGINE_FIELDS.items():
             (ours if row.is_ours else parser).add_argument(_flag(name), **_argument(name, row))
         return parser
 
@@ -274,7 +274,7 @@ class _Field:
 
 
 _COUNT = _optional(_int(1))
-_FIELDS = {
+ENGINE_FIELDS = {
     "model": _Field(
         _read_text, "MODEL", _check_model,
         "artifact, checkpoint directory, .gguf file, or a known model's id (required)",

@@ -90,6 +90,20 @@ class OverloadedError(FuriosaLLMError):
         self.retry_after = retry_after
 
 
+class ServiceUnavailableError(FuriosaLLMError):
+    """The server is starting, draining, or has failed. HTTP 503.
+
+    Attributes:
+        retry_after: seconds after which another try makes sense.
+    """
+
+    code: ClassVar[str] = "service_unavailable"
+
+    def __init__(self, message: str, *, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
 class WorkerDiedError(FuriosaLLMError):
     """A worker process ended and its work could not be moved to another one."""
 
@@ -119,7 +133,7 @@ _CLASS_OF: dict[str, type[FuriosaLLMError]] = {
     for cls in (
         InvalidRequestError, ContextLengthError, DuplicateRequestError, DeviceError, ArtifactError,
         OverloadedError, WorkerDiedError, WorkerStartError, RequestAbortedError,
-        EngineShutDownError,
+        EngineShutDownError, ServiceUnavailableError,
     )
 }  # fmt: skip
 

@@ -2,10 +2,15 @@
 
 Each yield of the engine is a new `RequestOutput` that owns its lists: an output kept from an
 earlier step stays what it was, whatever comes after it and whatever the caller does to a later one.
+
+An output is made per token, so `made_completion` and `made_output` make one of parts that nobody
+else holds, without the copies that the constructors make to be safe; a prompt is copied when it is
+asked for, for a long one would otherwise be copied with each token of its answer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
@@ -58,8 +63,23 @@ class CompletionOutput:
         return self.finish_reason is not None
 
 
+class _WithPrompt:
+    """Makes an output's own list of its request's prompt when somebody looks at it."""
+
+    __slots__ = ("_prompt_ids",)
+    _prompt_ids: tuple[int, ...]
+
+    def __getattr__(self, name: str) -> list[int]:
+        # Only what is not set comes here.
+        if name != "prompt_token_ids":
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        prompt_token_ids = list(object.__getattribute__(self, "_prompt_ids"))
+        object.__setattr__(self, "prompt_token_ids", prompt_token_ids)
+        return prompt_token_ids
+
+
 @dataclass(frozen=True, slots=True)
-class RequestOutput:
+class RequestOutput(_WithPrompt):
     """The state of one request at one moment.
 
     The positional order is that of Furiosa-LLM 2024.2.1; what later releases added is keyword-only.
@@ -90,3 +110,63 @@ class RequestOutput:
     def num_output_tokens(self) -> int:
         """Tokens in this output, all choices together; so with DELTA those of this part alone."""
         return sum(len(output.token_ids) for output in self.outputs)
+
+
+def _setter(cls: type, name: str) -> Callable[[object, object], None]:
+    """Sets a field of a frozen dataclass, a good deal faster than `object.__setattr__`."""
+    setter: Callable[[object, object], None] = getattr(cls, name).__set__
+    return setter
+
+
+_new = object.__new__
+_set_index = _setter(CompletionOutput, "index")
+_set_text = _setter(CompletionOutput, "text")
+_set_token_ids = _setter(CompletionOutput, "token_ids")
+_set_finish_reason = _setter(CompletionOutput, "finish_reason")
+_set_logprobs = _setter(CompletionOutput, "logprobs")
+_set_stop_reason = _setter(CompletionOutput, "stop_reason")
+_set_request_id = _setter(RequestOutput, "request_id")
+_set_prompt = _setter(RequestOutput, "prompt")
+_set_prompt_ids = _setter(RequestOutput, "_prompt_ids")
+_set_outputs = _setter(RequestOutput, "outputs")
+_set_finished = _setter(RequestOutput, "finished")
+_set_prompt_logprobs = _setter(RequestOutput, "prompt_logprobs")
+_set_num_cached_tokens = _setter(RequestOutput, "num_cached_tokens")
+
+
+def made_completion(
+    index: int,
+    text: str,
+    token_ids: list[int],
+    finish_reason: str | None,
+    logprobs: SampleLogprobs | None,
+    stop_reason: str | None,
+) -> CompletionOutput:
+    """A CompletionOutput of these lists themselves, which nobody else holds."""
+    made = _new(CompletionOutput)
+    _set_index(made, index)
+    _set_text(made, text)
+    _set_token_ids(made, token_ids)
+    _set_finish_reason(made, finish_reason)
+    _set_logprobs(made, logprobs)
+    _set_stop_reason(made, stop_reason)
+    return made
+
+
+def made_output(
+    request_id: str,
+    prompt: str | None,
+    prompt_token_ids: tuple[int, ...],
+    outputs: list[CompletionOutput],
+    finished: bool,
+) -> RequestOutput:
+    """A RequestOutput of this list itself, which nobody else holds."""
+    made = _new(RequestOutput)
+    _set_request_id(made, request_id)
+    _set_prompt(made, prompt)
+    _set_prompt_ids(made, prompt_token_ids)
+    _set_outputs(made, outputs)
+    _set_finished(made, finished)
+    _set_prompt_logprobs(made, None)
+    _set_num_cached_tokens(made, 0)
+    return made

@@ -16,11 +16,14 @@ A step is planned in two parts.
 Admission leaves `spare_blocks_ratio` of the pool free, for running sequences to grow into. When
 nothing else runs, a sequence is admitted regardless: whatever was accepted fits the pool alone.
 
-`is_offline` changes two rules. Interactive: while sequences decode, a step holds at most a
-quarter of `max_num_batched_tokens` in prefill tokens, which bounds the time between tokens.
-Offline: prefill may use all that decodes leave; and admission looks at lengths: it leaves free
-the spare share or half of all blocks that the admitted sequences may still grow by, whichever is
-more. Half, because sequences at all stages of their growth need half of it on average.
+`is_offline` changes two rules. Interactive: a step holds at most an eighth of
+`max_num_batched_tokens` in prefill tokens, unless there is but one sequence, so that of prompts
+that come together the first ones get their first token early, and new ones do not wait for long
+steps; and while there is prefill to do, decodes take part in one of `DECODE_INTERVAL` steps.
+Offline: every step decodes, and prefill may use all that decodes leave; and admission looks at
+lengths: it leaves free the spare share or half of all blocks that the admitted sequences may still
+grow by, whichever is more. Half, because sequences at all stages of their growth need half of it
+on average.
 
 **Steps in flight.** Up to `queue_limit` steps are planned ahead of their results. A token that a
 step in flight will sample stands in later rows as PENDING_TOKEN, and counts towards every length.
@@ -30,8 +33,9 @@ sequence was preempted is still the right one. Only a stop token cannot be fores
 planned behind it are dropped at commit.
 
 **Nothing starves.** The oldest running sequence is never preempted: the victim is the latest, and
-a sequence alone fits the pool. Where it must wait for budget, decodes or better fits use that up;
-decodes end, and admit no others meanwhile, and better fits are bounded in number. So it moves on
+a sequence alone fits the pool. It decodes in one of `DECODE_INTERVAL` steps at least. Where it must
+wait for budget, decodes or better fits use that up; decodes end, and admit no others meanwhile, and
+better fits are bounded in number. So it moves on
 until it ends, and another one is the oldest.
 """
 
@@ -49,8 +53,21 @@ from furiosa_llm.scheduler.refusal import Refusal, num_kv_tokens, refusal_of
 from furiosa_llm.scheduler.sequence import Sequence, SequenceState
 from furiosa_llm.scheduler.step_plan import PENDING_TOKEN, StepPlan, StepRow
 
-INTERACTIVE_PREFILL_DIVISOR = 4
-"""While sequences decode, prefill gets this part of a step's token budget, if not offline."""
+INTERACTIVE_PREFILL_DIVISOR = 8
+"""Prefill gets this part of a step's token budget, if not offline and not of one sequence alone.
+
+256 tokens of 2048: enough to keep the arithmetic busy, and an eighth of the time in which a new
+request is not looked at."""
+
+DECODE_INTERVAL = 2
+"""While there is prefill to do, every so many steps decode, if not offline.
+
+A decode row costs two or three times a prefill token, so decodes in every step put off the first
+tokens of all who wait, and the batch they decode in is the fuller the later they do. With an eighth
+of the budget per step, two of them take no longer than one step of a quarter with decodes in each:
+the time between tokens is the same, and in a simulation of 64 clients with requests of 64 to 192
+tokens (0.8 ms a prefill token, 2 ms a decode row) the median first token came after 0.33 s instead
+of 0.47 s. An interval of 4 gains 5 % more where 64 come at once, and doubles the longest gap."""
 
 MAX_ADMISSION_CANDIDATES = 32
 """Waiting sequences that one step looks at."""
@@ -85,6 +102,7 @@ class Scheduler:
         self._num_added = 0
         self._num_planned = 0
         self._num_preemptions = 0
+        self._num_undecoded = 0  # steps in a row that left decodes out
 
     @property
     def num_running(self) -> int:
@@ -109,6 +127,11 @@ class Scheduler:
     def num_preemptions(self) -> int:
         """Since the scheduler was made."""
         return self._num_preemptions
+
+    @property
+    def sequence_ids(self) -> tuple[int, ...]:
+        """All that are held."""
+        return tuple(self._held)
 
     @property
     def has_unfinished(self) -> bool:
@@ -162,8 +185,7 @@ class Scheduler:
         """The next step, or None when there is nothing to run before a commit or an add."""
         if len(self._in_flight) >= self._config.queue_limit:
             return None
-        chunks = self._plan_decodes()
-        chunks += self._plan_prefill(num_decodes=len(chunks))
+        chunks = self._plan_chunks()
         if not chunks:
             return None
         rows, sampling = [], []
@@ -203,6 +225,17 @@ class Scheduler:
             updates.append(SequenceUpdate(sequence.sequence_id, token_id, finish_reason, row_index))
         return updates
 
+    def _plan_chunks(self) -> list[tuple[Sequence, int]]:
+        """The sequences of the next step, each with the number of its tokens."""
+        if not self._config.is_offline and self._num_undecoded < DECODE_INTERVAL - 1:
+            chunks = self._plan_prefill(num_decodes=0)
+            if chunks:
+                self._num_undecoded += 1
+                return chunks
+        self._num_undecoded = 0
+        chunks = self._plan_decodes()
+        return chunks + self._plan_prefill(num_decodes=len(chunks))
+
     def _plan_decodes(self) -> list[tuple[Sequence, int]]:
         """One token for each running sequence that decodes, preempting the latest where needed."""
         chunks: list[tuple[Sequence, int]] = []
@@ -236,7 +269,7 @@ class Scheduler:
         """Chunks for running sequences behind on their tokens and for those admitted now."""
         config = self._config
         budget = config.max_num_batched_tokens - num_decodes
-        if num_decodes and not config.is_offline:
+        if not config.is_offline and len(self._held) > 1:
             share = max(1, config.max_num_batched_tokens // INTERACTIVE_PREFILL_DIVISOR)
             budget = min(budget, share)
         if budget == 0 or (num_decodes == len(self._running) and not self._waiting):
@@ -312,7 +345,10 @@ class Scheduler:
             return StepRow(sequence.sequence_id, start, token_ids, block_ids, None)
         num_pending = sequence.num_pending
         is_early = sequence.num_output_tokens < params.min_tokens
-        has_history = params.repetition_penalty != 1.0
+        history: tuple[int, ...] = ()
+        if params.needs_output:
+            first = 0 if params.needs_prompt else sequence.num_prompt_tokens
+            history = (*known[first:], *(PENDING_TOKEN,) * num_pending)
         sequence.num_pending += 1
         return StepRow(
             sequence_id=sequence.sequence_id,
@@ -321,8 +357,9 @@ class Scheduler:
             block_ids=block_ids,
             params=params,
             suppressed_token_ids=params.stop_token_ids if is_early else (),
-            history=(*known, *(PENDING_TOKEN,) * num_pending) if has_history else (),
-            num_pending=num_pending if has_history else 0,
+            history=history,
+            num_history_prompt=sequence.num_prompt_tokens if params.needs_prompt else 0,
+            num_pending=num_pending if params.needs_output else 0,
         )
 
     def _retire(self, sampling: list[Sequence]) -> None:

@@ -33,7 +33,9 @@ class StepRow:
     suppressed_token_ids: tuple[int, ...] = ()
     """Tokens that must not be sampled here (stop tokens before `min_tokens`)."""
     history: tuple[int, ...] = ()
-    """All tokens before the sampled one; filled only when a repetition penalty needs it."""
+    """The tokens before the sampled one that its penalties need: the prompt's, the output's."""
+    num_history_prompt: int = 0
+    """How many of the first entries of `history` are the prompt's."""
     num_pending: int = 0
     """How many of the last entries of `history` are PENDING_TOKEN."""
 

@@ -8,10 +8,15 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from furiosa_llm.workers.artifact.artifact import Artifact
 from furiosa_llm.workers.artifact.known_models import fetch_known_model, find_known_model
 from furiosa_llm.workers.artifact.resolve import resolve_model
+
+# An example takes as long as it takes: the machine may be busy with something else.
+settings.register_profile("furiosa-serve", deadline=None)
+settings.load_profile("furiosa-serve")
 
 SMOLLM2 = "SmolLM2-135M-Instruct"
 

@@ -18,6 +18,12 @@ from furiosa_llm.workers.admission import fit_to_vocabulary, refusal_of_tokens
         ((0, 4), {}, "token id 4 is not in the model's vocabulary of 4: use ids below 4"),
         ((0,), {"stop_token_ids": (0, 1, 2, 3), "min_tokens": 0}, None),
         ((0,), {"stop_token_ids": (0, 1, 2, 9), "min_tokens": 2}, None),
+        ((0,), {"bias_token_ids": (1, 3), "bias_values": (0.5, 1.0)}, None),
+        (
+            (0,),
+            {"bias_token_ids": (1, 4), "bias_values": (0.5, 1.0)},
+            "logit_bias names token id 4",
+        ),
         ((0,), {"stop_token_ids": (3, 2, 1, 0), "min_tokens": 2}, "nothing can be sampled"),
     ],
 )

@@ -53,6 +53,21 @@ async def test_cumulative_outputs_grow_by_what_came(engine):
     assert final.outputs[0].text == engine.tokenizer.decode(final.outputs[0].token_ids)
 
 
+async def test_a_reader_that_was_away_gets_the_newest_cumulative_output_and_every_delta(engine):
+    for kind in (RequestOutputKind.CUMULATIVE, RequestOutputKind.DELTA):
+        stream = engine.generate(PROMPT, params(output_kind=kind, max_tokens=40), kind.name)
+        outputs = [await anext(stream)]
+        # Another request that begins later and makes as many tokens: the first has ended then.
+        await collect(engine, PROMPT, params(max_tokens=60))
+        outputs += [output async for output in stream]
+        assert outputs[-1].finished
+        if kind is RequestOutputKind.CUMULATIVE:
+            assert len(outputs) <= 3
+            assert outputs[-1].num_output_tokens == 40
+        else:
+            assert sum(output.num_output_tokens for output in outputs) == 40
+
+
 async def test_delta_outputs_add_up_to_the_final_one(engine):
     deltas = await collect(engine, PROMPT, params(output_kind=RequestOutputKind.DELTA))
     finals = await collect(engine, PROMPT, params(output_kind=RequestOutputKind.FINAL))
@@ -77,6 +92,33 @@ async def test_choices_are_sequences_of_their_own(engine):
     assert len({tuple(choice.token_ids) for choice in output.outputs}) == 3
     (alone,) = await collect(engine, PROMPT, dataclasses.replace(request, n=1))
     assert alone.outputs[0].token_ids == output.outputs[0].token_ids
+
+
+async def test_as_many_choices_as_may_be_asked_for(engine):
+    request = params(n=128, temperature=1.0, max_tokens=2, output_kind=RequestOutputKind.FINAL)
+    (output,) = await collect(engine, PROMPT, request)
+    assert [choice.index for choice in output.outputs] == list(range(128))
+    assert len({choice.text for choice in output.outputs}) > 50
+
+
+async def test_penalties_and_biases_steer_what_is_sampled(model):
+    async with async_engine(model, backend="native") as engine:
+        plain = ids_of(await collect(engine, PROMPT, params(max_tokens=40)))
+        favoured = next(i for i in range(20, 300) if i not in plain)
+        biased = params(max_tokens=40, logit_bias={favoured: 100.0})
+        assert ids_of(await collect(engine, PROMPT, biased)) == [favoured] * 40
+        banned = params(max_tokens=40, logit_bias=dict.fromkeys(plain, -100.0))
+        assert not set(plain) & set(ids_of(await collect(engine, PROMPT, banned)))
+        # A bias that a frequency penalty of 2 eats up token by token: the token leaves, and returns
+        # no sooner than others have been penalised as much.
+        tired = params(max_tokens=40, logit_bias={favoured: 20.0}, frequency_penalty=2.0)
+        assert 5 <= ids_of(await collect(engine, PROMPT, tired)).count(favoured) <= 12
+
+
+async def test_a_bias_on_a_token_that_is_not_there_is_refused(engine):
+    with pytest.raises(InvalidRequestError, match="logit_bias names token id 99999") as caught:
+        await collect(engine, PROMPT, params(logit_bias={99999: 1.0}))
+    assert caught.value.param == "logit_bias"
 
 
 async def test_a_stop_token_ends_the_answer_and_stays_out_of_its_text(engine):

@@ -13,12 +13,16 @@ from furiosa_llm import SamplingParams
 from furiosa_llm.engine.request import Choice
 from furiosa_llm.errors import FuriosaLLMError, WorkerDiedError
 from furiosa_llm.wire.codec import encode
-from furiosa_llm.wire.messages import StartFailed, Tokens
-from furiosa_llm.wire.sockets import connect_dealer, runtime_directory
+from furiosa_llm.wire.messages import StartFailed, Tokens, WorkerLoad
+from furiosa_llm.wire.sockets import connect_dealer
 
 PROMPTS = [{"prompt_token_ids": [3 + i, 20 + i, 50 + i]} for i in range(4)]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
 SEEDED = SamplingParams(temperature=1.0, seed=11, max_tokens=40, ignore_eos=True)
+PENALISED = SamplingParams(
+    temperature=0.0, max_tokens=40, ignore_eos=True, presence_penalty=0.5, frequency_penalty=1.5,
+    logit_bias={7: 2.0, 9: -100.0},
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +44,16 @@ async def run_all(engine, params, *, do=None):
     return [ids_of(outputs) for outputs in await asyncio.gather(*runs)]
 
 
-@pytest.mark.parametrize("params", [GREEDY, SEEDED], ids=["greedy", "seeded"])
-@pytest.mark.parametrize("backend", ["mock", "native"])
+@pytest.mark.parametrize(
+    ("backend", "params"),
+    [
+        pytest.param("mock", GREEDY, id="mock, greedy"),
+        pytest.param("mock", SEEDED, id="mock, seeded"),
+        pytest.param("native", GREEDY, id="native, greedy"),
+        pytest.param("native", SEEDED, id="native, seeded"),
+        pytest.param("native", PENALISED, id="native, penalised"),
+    ],
+)
 async def test_killed_workers_requests_end_with_the_same_tokens(
     model, monkeypatch, backend, params
 ):
@@ -87,10 +99,9 @@ async def test_a_request_that_was_in_two_crashes_is_not_tried_again(model, monke
 
 async def test_whatever_comes_over_the_socket_harms_nobody(model, caplog):
     """Garbage, and real messages that pretend to be of the worker, of its past or of nobody."""
-    before = set(runtime_directory().glob("*.sock"))
     async with async_engine(model) as engine:
-        (path,) = set(runtime_directory().glob("*.sock")) - before
-        tokens = Tokens(0, 1, 1, (1,), (5,), (1,), (), 0, 0, 0, 0)
+        endpoint = engine._core._pool.endpoint
+        tokens = Tokens(0, 1, 1, (1,), (5,), (1,), (), WorkerLoad(0, 0, 0, 0, 0, 0, 0))
         forged = [
             tokens,
             dataclasses.replace(tokens, epoch=99),
@@ -98,7 +109,7 @@ async def test_whatever_comes_over_the_socket_harms_nobody(model, caplog):
             StartFailed(0, 1, 0, "internal_error", "no"),
         ]
         with zmq.Context() as context:
-            stranger = connect_dealer(context, f"ipc://{path}", 5, 5)
+            stranger = connect_dealer(context, endpoint, 5, 5)
             for data in [b"", b"\xff" * 100, b"\xc1", bytes(10_000), *map(encode, forged)]:
                 stranger.send(data)
                 stranger.send_multipart([data, data])

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
 
-from furiosa_llm.outputs import CompletionOutput, Logprob, RequestOutput
+from furiosa_llm.outputs import (
+    CompletionOutput,
+    Logprob,
+    RequestOutput,
+    made_completion,
+    made_output,
+)
 
 
 def test_positional_order():
@@ -69,6 +76,29 @@ def test_counts():
     request = RequestOutput("r", None, [7, 8, 9, 10], outputs, False)
     assert (request.num_prompt_tokens, request.num_output_tokens) == (4, 3)
     assert RequestOutput("r", None, [], [], False).num_output_tokens == 0
+
+
+def test_outputs_that_are_made_equal_those_that_are_constructed():
+    made = made_completion(1, "hi", [5, 2], "stop", [{5: Logprob(-0.1)}], "x")
+    constructed = CompletionOutput(
+        1, "hi", [5, 2], "stop", logprobs=[{5: Logprob(-0.1)}], stop_reason="x"
+    )
+    assert made == constructed
+    assert repr(made) == repr(constructed)
+    request = RequestOutput("r", "p", [7, 8], [constructed], True)
+    for look in (repr, dataclasses.asdict, lambda output: output == request, copy.deepcopy):
+        assert look(made_output("r", "p", (7, 8), [made], True)) == look(request)
+    assert made_output("r", None, (7, 8), [], False).num_prompt_tokens == 2
+
+
+def test_each_output_makes_a_list_of_its_prompt_for_itself():
+    prompt = (7, 8)
+    one, other = (made_output("r", None, prompt, [], False) for _ in range(2))
+    one.prompt_token_ids.append(9)
+    assert one.prompt_token_ids == [7, 8, 9]
+    assert other.prompt_token_ids == [7, 8]
+    with pytest.raises(AttributeError, match="'RequestOutput' object has no attribute 'nonsense'"):
+        _ = one.nonsense
 
 
 def test_fields_cannot_be_set():

@@ -17,7 +17,8 @@ def test_the_least_loaded_worker_is_next():
     router = up(2)
     assert router.submit([(1, 100)]) == [Dispatch(1, 0)]
     assert router.submit([(2, 10), (3, 10)]) == [Dispatch(2, 1), Dispatch(3, 1)]
-    router.progress(2, 90)
+    for _ in range(90):
+        router.progress(1, [2])
     assert router.submit([(4, 1)]) == [Dispatch(4, 0)]
     assert router.load(1) == (2, 110)
 
@@ -30,6 +31,21 @@ def test_an_idle_set_is_used_evenly():
         workers.append(dispatch.worker_id)
         router.finish(sequence_id)
     assert workers == [0, 1, 2, 0, 1, 2]
+
+
+def test_a_worker_that_refuses_for_want_of_room_is_asked_again_later():
+    router = up(2)
+    assert router.submit([(1, 5), (2, 5), (3, 5)]) == [
+        Dispatch(1, 0), Dispatch(2, 1), Dispatch(3, 0),
+    ]  # fmt: skip
+    assert router.refused(1) == [Dispatch(1, 1)]  # the other one may have room
+    assert router.refused(1) == []
+    assert router.submit([(4, 5)]) == []
+    assert router.load(0) == (1, 5)
+    assert router.finish(2) == [Dispatch(1, 1), Dispatch(4, 1)]  # room there, and none at 0
+    assert router.submit([(5, 1)]) == [Dispatch(5, 1)]
+    assert router.reopen() == []
+    assert router.submit([(6, 1)]) == [Dispatch(6, 0)]
 
 
 def test_what_finds_no_room_waits_its_turn():
@@ -109,7 +125,7 @@ class RouterMachine(RuleBasedStateMachine):
     def progress(self, data, num_tokens):
         sequence_id = data.draw(st.sampled_from(sorted(self.place)))
         self.num_tokens[sequence_id] += num_tokens
-        self.router.progress(sequence_id, num_tokens)
+        self.router.progress(self.place[sequence_id], [sequence_id] * num_tokens)
 
     @invariant()
     def the_ledger_is_exact(self):

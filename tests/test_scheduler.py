@@ -5,13 +5,29 @@ from dataclasses import asdict
 import pytest
 
 from furiosa_llm import errors
+from furiosa_llm.scheduler import scheduler as scheduler_module
 from furiosa_llm.scheduler.config import SchedulerConfig
 from furiosa_llm.scheduler.params import SequenceParams
-from furiosa_llm.scheduler.scheduler import Scheduler, SequenceUpdate
+from furiosa_llm.scheduler.scheduler import DECODE_INTERVAL, Scheduler, SequenceUpdate
+from furiosa_llm.scheduler.scheduler import INTERACTIVE_PREFILL_DIVISOR as PREFILL_DIVISOR
 from furiosa_llm.scheduler.step_plan import PENDING_TOKEN
 
 STOP = 2
 TOKEN = 7  # what every sampling row yields here unless a test says otherwise
+
+
+@pytest.fixture(autouse=True)
+def plain_steps(monkeypatch):
+    """One rule at a time: prefill may fill a step, and every step decodes."""
+    monkeypatch.setattr(scheduler_module, "INTERACTIVE_PREFILL_DIVISOR", 1)
+    monkeypatch.setattr(scheduler_module, "DECODE_INTERVAL", 1)
+
+
+@pytest.fixture
+def interactive(monkeypatch, plain_steps):
+    """The rules as they are."""
+    monkeypatch.setattr(scheduler_module, "INTERACTIVE_PREFILL_DIVISOR", PREFILL_DIVISOR)
+    monkeypatch.setattr(scheduler_module, "DECODE_INTERVAL", DECODE_INTERVAL)
 
 
 def config_of(**changes):
@@ -159,13 +175,52 @@ def test_decodes_come_first_and_prefill_takes_what_they_leave():
     assert step(scheduler) == [(1, 4, 1), (2, 4, 1), (3, 6, 3)]
 
 
-@pytest.mark.parametrize(("is_offline", "chunk"), [(True, 15), (False, 4)])
-def test_interactive_prefill_leaves_decodes_most_of_the_step(is_offline, chunk):
-    scheduler = Scheduler(config_of(max_num_batched_tokens=16, is_offline=is_offline))
+def test_offline_prefill_takes_all_that_decodes_leave():
+    scheduler = Scheduler(config_of(max_num_batched_tokens=16, is_offline=True))
     add(scheduler, 1, 3)
     add(scheduler, 2, 40)
     assert step(scheduler) == [(1, 0, 3), (2, 0, 13)]
-    assert step(scheduler) == [(1, 3, 1), (2, 13, chunk)]
+    assert step(scheduler) == [(1, 3, 1), (2, 13, 15)]
+
+
+@pytest.mark.usefixtures("interactive")
+def test_interactive_steps_are_short_and_every_second_one_decodes_while_prompts_wait():
+    scheduler = Scheduler(config_of(max_num_batched_tokens=32))
+    for sequence_id in (1, 2, 3):
+        add(scheduler, sequence_id, 4)
+    assert step(scheduler) == [(1, 0, 4)]
+    assert step(scheduler) == [(1, 4, 1), (2, 0, 4)]
+    assert step(scheduler) == [(3, 0, 4)]
+    assert step(scheduler) == [(1, 5, 1), (2, 4, 1), (3, 4, 1)]
+    assert step(scheduler) == [(1, 6, 1), (2, 5, 1), (3, 5, 1)]
+
+
+@pytest.mark.usefixtures("interactive")
+def test_a_prompt_that_is_alone_gets_the_whole_step():
+    scheduler = Scheduler(config_of(max_num_batched_tokens=32))
+    add(scheduler, 1, 40)
+    assert step(scheduler) == [(1, 0, 32)]
+    add(scheduler, 2, 5)
+    assert step(scheduler) == [(1, 32, 4)]
+    assert step(scheduler) == [(1, 36, 4)]
+    assert step(scheduler) == [(1, 40, 1), (2, 0, 4)]
+    assert step(scheduler) == [(2, 4, 1)]
+    assert step(scheduler) == [(1, 41, 1), (2, 5, 1)]
+
+
+@pytest.mark.usefixtures("interactive")
+def test_a_short_prompt_waits_no_longer_for_the_decodes_of_others():
+    """Of prompts without end, each step serves some; the one that decodes goes on beside them."""
+    scheduler = Scheduler(config_of(max_num_batched_tokens=32, num_blocks=256))
+    add(scheduler, 0, 4, max_tokens=30)
+    step(scheduler)
+    num_decodes = 0
+    for sequence_id in range(1, 41):
+        add(scheduler, sequence_id, 4, max_tokens=1)
+        rows = step(scheduler)
+        assert (sequence_id, 0, 4) in rows
+        num_decodes += rows[0][0] == 0
+    assert num_decodes == 20
 
 
 def test_no_more_than_max_num_seqs_run():

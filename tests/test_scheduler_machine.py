@@ -29,7 +29,7 @@ from furiosa_llm.scheduler.block_manager import num_blocks_for
 from furiosa_llm.scheduler.config import PACKING_TYPES, SchedulerConfig
 from furiosa_llm.scheduler.packing import MAX_BYPASSES
 from furiosa_llm.scheduler.params import SequenceParams
-from furiosa_llm.scheduler.scheduler import Scheduler
+from furiosa_llm.scheduler.scheduler import DECODE_INTERVAL, Scheduler
 from furiosa_llm.scheduler.step_plan import PENDING_TOKEN
 
 VOCAB_SIZE = 11
@@ -98,11 +98,18 @@ class FakeExecutor:
         if row.params is None:
             return None
         context = [self.kv_of_slot[slot] for slot in slots]
-        if row.params.repetition_penalty != 1.0:
+        if row.params.needs_output:
             num_known = len(row.history) - row.num_pending
             assert set(row.history[num_known:]) <= {PENDING_TOKEN}
             pending = sampled[len(sampled) - row.num_pending :]
-            assert kv_chain([*row.history[:num_known], *pending]) == context
+            history = [*row.history[:num_known], *pending]
+            if row.params.needs_prompt:
+                assert kv_chain(history) == context
+                assert 0 < row.num_history_prompt <= len(history)
+            else:  # the output alone, all of it
+                first = end - len(history)
+                assert row.num_history_prompt == 0
+                assert kv_chain(history, context[first - 1]) == context[first:]
         else:
             assert row.history == ()
         return sampled_of(context, row.params, row.suppressed_token_ids)
@@ -261,9 +268,10 @@ class Model:
     def drain(self):
         """Without more adds everything ends, within a bound, and every block comes back."""
         # At worst one sequence ends after the other, each end preceded by one reign of every
-        # other as the oldest, and no reign is longer than its tokens' steps, each bypassed at most.
+        # other as the oldest, and no reign is longer than its tokens' steps, each bypassed at most
+        # and put off by steps that decode nothing.
         num_held = len(self.held)
-        max_reign = self.config.max_model_len * (MAX_BYPASSES + 1)
+        max_reign = self.config.max_model_len * (MAX_BYPASSES + 1) * DECODE_INTERVAL
         for _ in range(num_held * (num_held + 1) // 2 * max_reign):
             if not self.held:
                 break
@@ -305,6 +313,7 @@ params = st.builds(
     min_tokens=st.integers(0, 3),
     stop_token_ids=st.sampled_from([(), (), (3,), (0, 5)]),
     repetition_penalty=st.sampled_from([1.0, 1.0, 1.3]),
+    presence_penalty=st.sampled_from([0.0, 0.0, 0.5]),
 )
 
 
@@ -408,6 +417,7 @@ def storm(seed):
             min_tokens=random.choice([0, 0, 20]),
             stop_token_ids=random.choice([(), (4,)]),
             repetition_penalty=random.choice([1.0, 1.1]),
+            frequency_penalty=random.choice([0.0, 0.5]),
             seed=random.getrandbits(64),
         )
         model.add(sequence_id, prompt, sequence_params, random.choice([0, 0, 5]))
@@ -433,5 +443,5 @@ def test_storms_change_no_token_and_starve_nobody():
     # What the storms are for did happen.
     assert seen["preemption"] >= seen["restart"] > NUM_STORMS
     assert seen["dropped"] > NUM_STORMS
-    assert seen["prefill on a pending token"] > NUM_STORMS // 10
+    assert seen["prefill on a pending token"] > NUM_STORMS // 20
     assert seen["chunk up to a pending token"] > NUM_STORMS // 20

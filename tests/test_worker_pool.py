@@ -10,8 +10,9 @@ import zmq
 from worker_process import make_add, make_configure
 
 from furiosa_llm.engine import worker_pool
+from furiosa_llm.engine.pool import NoWorkerLeft, WorkerDown, WorkerUp
 from furiosa_llm.engine.supervisor import RestartPolicy
-from furiosa_llm.engine.worker_pool import NoWorkerLeft, WorkerDown, WorkerPool, WorkerUp
+from furiosa_llm.engine.worker_pool import WorkerPool
 from furiosa_llm.wire.codec import encode
 from furiosa_llm.wire.messages import Added, Ping, Pong, Ready, Tokens
 from furiosa_llm.wire.sockets import connect_dealer
@@ -57,7 +58,7 @@ def ready(epoch, seq):
 def test_a_worker_comes_up_works_and_is_gone():
     with started(CONFIGURE) as pool:
         assert not pool.is_complete
-        assert wait_for(pool, WorkerUp) == [WorkerUp(0, "mock")]
+        assert wait_for(pool, WorkerUp) == [WorkerUp(0, "mock", 64)]
         assert pool.is_complete
         assert pool.up == [0]
         (pid,) = pool.pids

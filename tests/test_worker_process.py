@@ -220,9 +220,9 @@ def test_tokens_do_not_depend_on_how_a_worker_runs(
         assert worker.run(*REQUESTS) == expected
         last = worker.messages[-1]
         assert isinstance(last, Tokens)
-        assert (last.num_running, last.num_waiting) == (0, 0)
-        assert last.num_free_blocks == worker.configure.num_blocks
-        assert (last.num_preemptions > 0) == ("num_blocks" in changes)
+        assert (last.load.num_running, last.load.num_waiting) == (0, 0)
+        assert last.load.num_free_blocks == worker.configure.num_blocks
+        assert (last.load.num_preemptions > 0) == ("num_blocks" in changes)
 
 
 @pytest.mark.parametrize("queue_limit", [1, 3])
@@ -297,8 +297,8 @@ def test_an_abort_stops_the_tokens_and_frees_the_blocks(tmp_path: Path, queue_li
             assert tokens_of(message) <= {3}, "a token of an aborted sequence"
         last = worker.messages[-1]
         assert isinstance(last, Tokens)
-        assert last.num_free_blocks == worker.configure.num_blocks
-        assert last.num_running == 0
+        assert last.load.num_free_blocks == worker.configure.num_blocks
+        assert last.load.num_running == 0
 
 
 def tokens_of(message: object) -> set[int]:

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, NoReturn
 import zmq
 
 from furiosa_llm.errors import FuriosaLLMError, to_wire
-from furiosa_llm.wire.codec import clip_text, encode
+from furiosa_llm.wire.codec import clip_text
 from furiosa_llm.wire.errors import WireError
 from furiosa_llm.wire.messages import Configure, StartFailed
 from furiosa_llm.wire.pipe import read_configure
 from furiosa_llm.wire.sockets import connect_dealer
+from furiosa_llm.workers.link import FrontEndLink
 from furiosa_llm.workers.pinning import bind_process
 from furiosa_llm.workers.tether import hold_tether
 
@@ -61,23 +62,24 @@ def main() -> int:
 def _serve(configure: Configure) -> int:
     with zmq.Context() as context:
         dealer = connect_dealer(context, configure.endpoint, configure.worker_id, configure.epoch)
+        link = FrontEndLink(configure, dealer)
         try:
-            loop = _make_loop(configure, dealer)
+            loop = _make_loop(configure, link)
         except Exception as error:
-            _report_start_failure(configure, dealer, error)
+            _report_start_failure(configure, link, error)
             dealer.close(linger=START_FAILED_LINGER_MS)
             return EXIT_START_FAILED
         try:
             loop.run()
         except Exception:
             _log.exception("worker %d cannot go on", configure.worker_id)
+            context.destroy(linger=0)
             return EXIT_STEP_FAILED
-        finally:
-            dealer.close(linger=0)
+        link.close()
     return 0
 
 
-def _make_loop(configure: Configure, dealer: zmq.Socket[bytes]) -> WorkerLoop:
+def _make_loop(configure: Configure, link: FrontEndLink) -> WorkerLoop:
     # Imported here because numpy's BLAS starts its threads when it is imported: the process has
     # been bound by now, and of the backends only numpy's multiplies with it.
     num_blas_threads = max(1, len(configure.cpus)) if configure.backend == "numpy" else 1
@@ -85,23 +87,14 @@ def _make_loop(configure: Configure, dealer: zmq.Socket[bytes]) -> WorkerLoop:
     from furiosa_llm.workers.backends import make_executor
     from furiosa_llm.workers.loop import WorkerLoop
 
-    return WorkerLoop(configure, dealer, make_executor(configure))
+    return WorkerLoop(configure, link, make_executor(configure))
 
 
-def _report_start_failure(
-    configure: Configure, dealer: zmq.Socket[bytes], error: Exception
-) -> None:
+def _report_start_failure(configure: Configure, link: FrontEndLink, error: Exception) -> None:
     if not isinstance(error, FuriosaLLMError):  # a defect: the trace helps whoever mends it
         _log.error("worker %d cannot start", configure.worker_id, exc_info=error)
     code, message = to_wire(error)
-    failed = StartFailed(
-        worker_id=configure.worker_id,
-        epoch=configure.epoch,
-        seq=0,
-        error_code=code,
-        message=clip_text(message),
-    )
-    dealer.send(encode(failed))
+    link.send(StartFailed, error_code=code, message=clip_text(message))
 
 
 def _leave(code: int) -> NoReturn:

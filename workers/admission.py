@@ -22,6 +22,13 @@ def refusal_of_tokens(add: Add, vocab_size: int) -> Refusal | None:
             f"token id {largest} is not in the model's vocabulary of {vocab_size}: "
             f"use ids below {vocab_size}",
         )
+    biased = add.params.bias_token_ids
+    if biased and biased[-1] >= vocab_size:
+        return Refusal(
+            "invalid_request",
+            f"logit_bias names token id {biased[-1]}, which is not in the model's vocabulary of "
+            f"{vocab_size}: use ids below {vocab_size}",
+        )
     num_suppressed = len({i for i in add.params.stop_token_ids if i < vocab_size})
     if add.params.min_tokens > 0 and num_suppressed == vocab_size:
         return Refusal(

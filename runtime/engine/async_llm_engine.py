@@ -9,11 +9,15 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from furiosa_llm.engine.attach_ticket import AttachTicket
 from furiosa_llm.engine.core import EngineCore
-from furiosa_llm.engine.settings import EngineSettings, resolve_settings
+from furiosa_llm.engine.request import Request
+from furiosa_llm.engine.settings import EngineSettings, resolve_settings, settings_of_ticket
+from furiosa_llm.engine.startup import StartupProgress
+from furiosa_llm.engine.status import EngineStatus
 from furiosa_llm.errors import FuriosaLLMError
 from furiosa_llm.outputs import RequestOutput
-from furiosa_llm.sampling_params import SamplingParams
+from furiosa_llm.sampling_params import RequestOutputKind, SamplingParams
 from furiosa_llm.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -29,15 +33,15 @@ Item = RequestOutput | FuriosaLLMError
 
 
 class _LoopBridge:
-    """Carries items from the engine's thread to queues of one event loop, a step's at once."""
+    """Carries items from the engine's thread to the streams of one event loop, a step's at once."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self._items: deque[tuple[asyncio.Queue[Item], Item]] = deque()
+        self._items: deque[tuple[_Stream, Item]] = deque()
         self._is_scheduled = False  # only the engine's thread sets it, only the loop clears it
 
-    def post(self, queue: asyncio.Queue[Item], item: Item) -> None:
-        self._items.append((queue, item))
+    def post(self, stream: _Stream, item: Item) -> None:
+        self._items.append((stream, item))
         if not self._is_scheduled:
             self._is_scheduled = True
             try:
@@ -48,18 +52,47 @@ class _LoopBridge:
 
     def _deliver(self) -> None:
         self._is_scheduled = False  # first: what is posted from here on schedules anew
-        while self._items:
-            queue, item = self._items.popleft()
-            queue.put_nowait(item)
+        items = self._items
+        while items:
+            stream, item = items.popleft()
+            stream.deliver(item)
 
 
-class _QueueSink:
-    def __init__(self, bridge: _LoopBridge, queue: asyncio.Queue[Item]) -> None:
+class _Stream:
+    """A request's items on their way to its one reader; less than an asyncio.Queue, and faster.
+
+    Args:
+        is_cumulative: whether an output says all that the one before it says. Then a reader who is
+            behind gets the newest alone, however long it was away.
+    """
+
+    def __init__(self, bridge: _LoopBridge, *, is_cumulative: bool) -> None:
         self._bridge = bridge
-        self._queue = queue
+        self._is_cumulative = is_cumulative
+        self._items: deque[Item] = deque()
+        self._reader: asyncio.Future[None] | None = None
 
     def put(self, item: Item) -> None:
-        self._bridge.post(self._queue, item)
+        """On the engine's thread."""
+        self._bridge.post(self, item)
+
+    def deliver(self, item: Item) -> None:
+        """On the loop."""
+        if self._is_cumulative and self._items and isinstance(item, RequestOutput):
+            self._items.pop()
+        self._items.append(item)
+        reader = self._reader
+        if reader is not None:
+            self._reader = None
+            if not reader.done():  # it was cancelled
+                reader.set_result(None)
+
+    async def next(self) -> Item:
+        """The oldest item that was not taken yet, once there is one."""
+        while not self._items:
+            self._reader = self._bridge.loop.create_future()
+            await self._reader
+        return self._items.popleft()
 
 
 class AsyncLLMEngine:
@@ -69,26 +102,56 @@ class AsyncLLMEngine:
     event loop: any may use it.
     """
 
-    def __init__(self, settings: EngineSettings, core: EngineCore | None = None) -> None:
+    def __init__(
+        self,
+        settings: EngineSettings,
+        core: EngineCore | None = None,
+        startup: StartupProgress | None = None,
+    ) -> None:
         self._settings = settings
-        self._core = EngineCore(settings) if core is None else core
+        self._core = EngineCore(settings, startup) if core is None else core
         self._bridge: _LoopBridge | None = None
 
     @classmethod
-    def from_engine_args(cls, args: EngineArgs, *, progress: Progress | None = None) -> Self:
+    def from_engine_args(
+        cls,
+        args: EngineArgs,
+        *,
+        progress: Progress | None = None,
+        startup: StartupProgress | None = None,
+    ) -> Self:
         """Find or build the model and start the workers.
 
-        What fetching and building do is shown on standard error, or told to `progress`.
+        What fetching and building do is shown on standard error, or told to `progress`; another
+        thread may ask `startup` meanwhile how far the start is.
 
         Raises: DeviceError, ArtifactError, InvalidRequestError before anything is started;
             WorkerStartError, or the worker's own error, if a worker does not start.
         """
-        return cls(resolve_settings(args, progress))
+        return cls(resolve_settings(args, progress, startup), startup=startup)
+
+    @classmethod
+    def attach(cls, ticket: AttachTicket) -> Self:
+        """An engine over the workers of another process's engine, which has `share`d them.
+
+        It may be shut down, or its process may die, without harm to the workers or to the others
+        that share them. It ends when the owner's process does. Its status shows restarts of workers
+        that it has seen, and of their sequences those that it sent.
+
+        Raises: EngineShutDownError if the owner has ended; WorkerStartError if no worker comes.
+        """
+        settings = settings_of_ticket(ticket)
+        return cls(settings, EngineCore(settings, ticket=ticket))
 
     @classmethod
     def from_llm(cls, llm: LLM) -> Self:
         """An engine over the workers of `llm`; shutting either down ends both."""
         return cls(llm.settings, llm.core)
+
+    @property
+    def settings(self) -> EngineSettings:
+        """The model's facts, and how each worker is configured."""
+        return self._settings
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -110,6 +173,10 @@ class AsyncLLMEngine:
         """Tokens that prompt and answer may have together."""
         return self._settings.inputs.max_model_len
 
+    def status(self) -> EngineStatus:
+        """What the engine and its workers are doing now; cheap, and any thread may ask."""
+        return self._core.status()
+
     @property
     def worker_pids(self) -> list[int | None]:
         """The workers' process ids; None for one that is down."""
@@ -117,7 +184,7 @@ class AsyncLLMEngine:
 
     @property
     def num_preemptions(self) -> int:
-        """How often a running sequence had to make room, in the workers that are up."""
+        """How often a running sequence had to make room for an older one, in all workers."""
         return self._core.num_preemptions
 
     async def generate(
@@ -139,13 +206,17 @@ class AsyncLLMEngine:
             before anything is queued; WorkerDiedError, EngineShutDownError.
         Closing the generator early aborts the request and frees what it held.
         """
-        queue: asyncio.Queue[Item] = asyncio.Queue()
+        is_cumulative = (
+            sampling_params is None
+            or getattr(sampling_params, "output_kind", None) is RequestOutputKind.CUMULATIVE
+        )
+        stream = _Stream(self._bridge_to_running_loop(), is_cumulative=is_cumulative)
         make_request = partial(
             self._settings.inputs.make_request,
             request_id,
             prompt,
             sampling_params,
-            _QueueSink(self._bridge_to_running_loop(), queue),
+            stream,
             add_special_tokens=add_special_tokens,
         )
         text = prompt.get("prompt") if isinstance(prompt, dict) else prompt
@@ -156,7 +227,7 @@ class AsyncLLMEngine:
         self._core.submit(request)
         try:
             while True:
-                item = await queue.get()
+                item = await stream.next()
                 if isinstance(item, FuriosaLLMError):
                     raise item
                 yield item
@@ -171,6 +242,17 @@ class AsyncLLMEngine:
         """`generate` with its arguments in another order."""
         return self.generate(prompt, sampling_params, request_id)
 
+    def submit(self, request: Request) -> None:
+        """Run a request that `settings.inputs` made; its own sink gets what `generate` yields.
+
+        Raises: DuplicateRequestError, OverloadedError, WorkerDiedError, EngineShutDownError.
+        """
+        self._core.submit(request)
+
+    def drop(self, request: Request) -> None:
+        """End a submitted request that nobody reads any more; nothing if it has ended."""
+        self._core.drop(request)
+
     async def abort(self, request_id: str) -> None:
         """End a request; its reader gets a last output whose finish reason is "abort".
 
@@ -178,12 +260,28 @@ class AsyncLLMEngine:
         """
         self._core.abort([request_id])
 
-    async def check_health(self) -> None:
-        """Return if all workers that are up answer.
+    async def check_health(self, timeout_s: float = 10.0) -> None:
+        """Return if all workers that are up answer within the time.
 
         Raises: EngineShutDownError, WorkerDiedError.
         """
-        await asyncio.to_thread(self._core.check_health)
+        await asyncio.to_thread(self._core.check_health, timeout_s)
+
+    async def restart_workers(self) -> None:
+        """Replace all worker processes, one at a time. No request fails of it, and none gets other
+        tokens.
+
+        Raises: WorkerStartError if a worker does not come up again (those after it are left as they
+            are); EngineShutDownError; FuriosaLLMError where the workers are another engine's.
+        """
+        await asyncio.to_thread(self._core.restart_workers)
+
+    def share(self, num_front_ends: int = 1) -> list[AttachTicket]:
+        """A ticket for each of as many other processes to be front-ends of these workers, too.
+
+        A ticket serves one process at a time (see `attach`), and the next when that has ended.
+        """
+        return self._core.share(num_front_ends)
 
     async def shutdown(self) -> None:
         """End all requests and workers, and wait for that; idempotent."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import numbers
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,7 @@ class InputProcessor:
         sink: Sink,
         *,
         add_special_tokens: bool = True,
+        resume_token_ids: Sequence[Sequence[int] | None] = (),
     ) -> Request:
         """The request that runs this; its outputs go to `sink`.
 
@@ -54,19 +55,24 @@ class InputProcessor:
             prompt: see `prompt_of`.
             params: SamplingParams; None is the defaults.
             add_special_tokens: to a prompt that is text.
+            resume_token_ids: to go on with a request that ran elsewhere: per choice the output it
+                has, or None for one that ended. It needs that run's seed; `max_tokens` counts the
+                tokens it has.
         Raises: InvalidRequestError, ContextLengthError; nothing has changed then.
         """
         self.check_request_id(request_id)
         params = self.check_params(params)
         checked = self.prompt_of(prompt, add_special_tokens=add_special_tokens)
+        sequence_params = self.sequence_params(request_id, len(checked.token_ids), params)
         return Request(
             request_id=request_id,
             prompt=checked.text,
             prompt_token_ids=checked.token_ids,
             params=params,
-            sequence_params=self.sequence_params(request_id, len(checked.token_ids), params),
+            sequence_params=sequence_params,
             tokenizer=self.tokenizer,
             sink=sink,
+            resume_token_ids=self._check_resumed(resume_token_ids, sequence_params),
         )
 
     def check_request_id(self, request_id: Any) -> str:
@@ -135,6 +141,14 @@ class InputProcessor:
         stop_token_ids = tuple(params.stop_token_ids or ())
         if not params.ignore_eos:
             stop_token_ids = tuple(dict.fromkeys((*stop_token_ids, *self.eos_token_ids)))
+        biases = params.logit_bias or ()
+        assert isinstance(biases, tuple), "SamplingParams stores pairs"
+        if biases and biases[-1][0] >= self.vocab_size:
+            raise InvalidRequestError(
+                f"logit_bias names token id {biases[-1][0]}, but the model's token ids go from 0 "
+                f"to {self.vocab_size - 1}",
+                param="logit_bias",
+            )
         seed = self._seed(request_id, params)
         return tuple(
             SequenceParams(
@@ -146,6 +160,10 @@ class InputProcessor:
                 top_p=params.top_p,
                 min_p=params.min_p,
                 repetition_penalty=params.repetition_penalty,
+                presence_penalty=params.presence_penalty,
+                frequency_penalty=params.frequency_penalty,
+                bias_token_ids=tuple([token_id for token_id, _ in biases]),
+                bias_values=tuple([bias for _, bias in biases]),
                 seed=seed,
                 choice_index=index,
                 num_logprobs=-1 if params.logprobs is None else params.logprobs,
@@ -184,6 +202,36 @@ class InputProcessor:
                 param="prompt_token_ids",
             )
         return self._check_not_empty(ids)
+
+    def _check_resumed(
+        self,
+        resumed: Sequence[Sequence[int] | None],
+        sequence_params: tuple[SequenceParams, ...],
+    ) -> tuple[tuple[int, ...] | None, ...]:
+        if not resumed:
+            return ()
+        if len(resumed) != len(sequence_params) or all(token_ids is None for token_ids in resumed):
+            raise InvalidRequestError(
+                f"resume_token_ids has {len(resumed)} entries: give one for each of the "
+                f"{len(sequence_params)} choices, and not None for all of them",
+                param="resume_token_ids",
+            )
+        for token_ids, params in zip(resumed, sequence_params, strict=True):
+            if token_ids is None:
+                continue
+            if len(token_ids) >= params.max_tokens:
+                raise InvalidRequestError(
+                    f"resume_token_ids has {len(token_ids)} tokens of a choice that ends at "
+                    f"max_tokens={params.max_tokens}: there is nothing to go on with",
+                    param="resume_token_ids",
+                )
+            if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self.vocab_size:
+                raise InvalidRequestError(
+                    f"resume_token_ids goes from {min(token_ids)} to {max(token_ids)}, but the "
+                    f"model's token ids go from 0 to {self.vocab_size - 1}",
+                    param="resume_token_ids",
+                )
+        return tuple(None if ids is None else tuple(ids) for ids in resumed)
 
     def _check_not_empty(self, token_ids: tuple[int, ...]) -> tuple[int, ...]:
         if not token_ids:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Self
 from furiosa_llm.engine.core import EngineCore
 from furiosa_llm.engine.request import Request
 from furiosa_llm.engine.settings import EngineSettings, resolve_settings
+from furiosa_llm.engine.startup import StartupProgress
+from furiosa_llm.engine.status import EngineStatus
 from furiosa_llm.errors import FuriosaLLMError
 from furiosa_llm.outputs import RequestOutput
 from furiosa_llm.sampling_params import SamplingParams
@@ -41,17 +43,28 @@ class LLMEngine:
     last output has been returned.
     """
 
-    def __init__(self, settings: EngineSettings, core: EngineCore | None = None) -> None:
+    def __init__(
+        self,
+        settings: EngineSettings,
+        core: EngineCore | None = None,
+        startup: StartupProgress | None = None,
+    ) -> None:
         self._settings = settings
-        self._core = EngineCore(settings) if core is None else core
+        self._core = EngineCore(settings, startup) if core is None else core
         self._items: SimpleQueue[tuple[str, Item]] = SimpleQueue()
         self._unfinished: dict[str, Request] = {}
         self._held_error: FuriosaLLMError | None = None  # raised by the next step
 
     @classmethod
-    def from_engine_args(cls, args: EngineArgs, *, progress: Progress | None = None) -> Self:
+    def from_engine_args(
+        cls,
+        args: EngineArgs,
+        *,
+        progress: Progress | None = None,
+        startup: StartupProgress | None = None,
+    ) -> Self:
         """See `AsyncLLMEngine.from_engine_args`."""
-        return cls(resolve_settings(args, progress))
+        return cls(resolve_settings(args, progress, startup), startup=startup)
 
     @classmethod
     def from_llm(cls, llm: LLM) -> Self:
@@ -77,6 +90,10 @@ class LLMEngine:
     def generation_defaults(self) -> dict[str, Any]:
         """The sampling defaults that came with the checkpoint."""
         return self._settings.generation
+
+    def status(self) -> EngineStatus:
+        """What the engine and its workers are doing now; cheap, and any thread may ask."""
+        return self._core.status()
 
     @property
     def worker_pids(self) -> list[int | None]:
@@ -163,6 +180,10 @@ class LLMEngine:
         Raises: EngineShutDownError, WorkerDiedError.
         """
         self._core.check_health()
+
+    def restart_workers(self) -> None:
+        """See `AsyncLLMEngine.restart_workers`."""
+        self._core.restart_workers()
 
     def shutdown(self) -> None:
         """End all requests and workers, and wait for that; idempotent."""

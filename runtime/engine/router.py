@@ -9,6 +9,7 @@ the one that was given the fewest so far, so that an idle set is used evenly. A 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 
@@ -25,6 +26,7 @@ class _Replica:
     num_tokens_of: dict[int, int] = field(default_factory=dict)  # by sequence
     num_tokens: int = 0
     num_dispatched: int = 0
+    is_full: bool = False  # it has refused a sequence for want of room
 
 
 class Router:
@@ -49,6 +51,11 @@ class Router:
         """(sequences, tokens) that the worker is charged with."""
         replica = self._up[worker_id]
         return len(replica.num_tokens_of), replica.num_tokens
+
+    def num_dispatched(self, worker_id: int) -> int:
+        """Sequences that the worker is charged with; 0 when it is down. Any thread may ask."""
+        replica = self._up.get(worker_id)
+        return 0 if replica is None else len(replica.num_tokens_of)
 
     def worker_of(self, sequence_id: int) -> int | None:
         """Where the sequence runs; None while it waits or when it is unknown."""
@@ -80,11 +87,31 @@ class Router:
                 self._waiting.move_to_end(sequence_id, last=False)
         return self._dispatch()
 
-    def progress(self, sequence_id: int, num_tokens: int) -> None:
-        """The sequence has grown by `num_tokens`."""
-        replica = self._up[self._worker_of[sequence_id]]
-        replica.num_tokens_of[sequence_id] += num_tokens
-        replica.num_tokens += num_tokens
+    def refused(self, sequence_id: int) -> list[Dispatch]:
+        """The worker has no room for it: others have filled it, who share it. It waits first in
+        line, and the worker is asked again after one of its sequences has ended, or `reopen`.
+        """
+        worker_id = self._worker_of.pop(sequence_id)
+        replica = self._up[worker_id]
+        num_tokens = replica.num_tokens_of.pop(sequence_id)
+        replica.num_tokens -= num_tokens
+        replica.is_full = True
+        return self.submit([(sequence_id, num_tokens)], first=True)
+
+    def reopen(self) -> list[Dispatch]:
+        """Workers that were full may have room again."""
+        for replica in self._up.values():
+            replica.is_full = False
+        return self._dispatch()
+
+    def progress(self, worker_id: int, sequence_ids: Iterable[int]) -> None:
+        """Each of these sequences, which the worker runs, has grown by one token."""
+        replica = self._up[worker_id]
+        num_tokens_of, num_grown = replica.num_tokens_of, 0
+        for sequence_id in sequence_ids:
+            num_tokens_of[sequence_id] += 1
+            num_grown += 1
+        replica.num_tokens += num_grown
 
     def finish(self, *sequence_ids: int) -> list[Dispatch]:
         """The sequences have ended, wherever they were; idempotent. Their room goes to who waits.
@@ -98,6 +125,7 @@ class Router:
             if worker_id is not None:
                 replica = self._up[worker_id]
                 replica.num_tokens -= replica.num_tokens_of.pop(sequence_id)
+                replica.is_full = False
         return self._dispatch()
 
     def _dispatch(self) -> list[Dispatch]:
@@ -106,7 +134,7 @@ class Router:
             open_workers = [
                 (replica.num_tokens, replica.num_dispatched, worker_id)
                 for worker_id, replica in self._up.items()
-                if len(replica.num_tokens_of) < self._max_sequences
+                if len(replica.num_tokens_of) < self._max_sequences and not replica.is_full
             ]
             if not open_workers:
                 break

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from furiosa_llm.checks import refuse
 from furiosa_llm.devices import parse_devices
+from furiosa_llm.engine.attach_ticket import AttachTicket
 from furiosa_llm.engine.inputs import InputProcessor
+from furiosa_llm.engine.startup import StartupProgress
 from furiosa_llm.errors import InvalidRequestError
 from furiosa_llm.groups import PEGroup, form_groups
 from furiosa_llm.progress import console_progress
@@ -58,11 +60,18 @@ class EngineSettings:
     weights: str  # the artifact's weight type
     generation: dict[str, Any]  # the checkpoint's own sampling defaults
     workers: tuple[Configure, ...]  # epoch 1; the endpoint is filled in by the core
+    devices: tuple[str, ...]  # of each worker, for people to read
     max_processing_samples: int
     max_waiting: int
+    tokenizer_dir: str
+    tokenizer_mode: str
 
 
-def resolve_settings(args: EngineArgs, progress: Progress | None = None) -> EngineSettings:
+def resolve_settings(
+    args: EngineArgs,
+    progress: Progress | None = None,
+    startup: StartupProgress | None = None,
+) -> EngineSettings:
     """Find or build the model, divide the devices, and size the KV pools.
 
     Raises: DeviceError, ArtifactError, InvalidRequestError; nothing has been started then.
@@ -74,11 +83,18 @@ def resolve_settings(args: EngineArgs, progress: Progress | None = None) -> Engi
         data_parallel_size=args.data_parallel_size,
         tensor_parallel_size=args.tensor_parallel_size,
     )
+    startup = startup or StartupProgress()
+    for index, group in enumerate(groups):
+        startup.worker(index, str(group), "waiting")
     cache_dir = None if args.cache_dir is None else Path(args.cache_dir)
     with nullcontext(progress) if progress is not None else console_progress() as shown_progress:
         model = resolve_model(
-            args.model, cache_dir=cache_dir, weights=args.weights, progress=shown_progress
+            args.model,
+            cache_dir=cache_dir,
+            weights=args.weights,
+            progress=startup.beside(shown_progress),
         )
+    startup.enter("loading tokenizer")
     try:
         return _settings_of(args, groups, model)
     except BaseException:
@@ -92,26 +108,65 @@ def _settings_of(
 ) -> EngineSettings:
     artifact = Artifact.open(model.path)
     template = _configure_of(args, artifact, num_workers=len(groups))
-    tokenizer = Tokenizer.from_directory(
-        args.tokenizer or artifact.tokenizer_dir, args.tokenizer_mode
-    )
-    return EngineSettings(
-        model=model,
-        inputs=InputProcessor(
-            tokenizer=tokenizer,
-            vocab_size=artifact.config.vocab_size,
-            max_model_len=template.max_model_len,
-            eos_token_ids=artifact.eos_token_ids,
-            engine_seed=args.seed,
-        ),
-        weights=artifact.weights,
-        generation=dict(artifact.generation),
+    return _settings_for(
+        model,
+        artifact,
         workers=tuple(
             replace(template, worker_id=index, cpus=group.cpus)
             for index, group in enumerate(groups)
         ),
-        max_processing_samples=template.max_processing_samples,
+        devices=tuple(map(str, groups)),
         max_waiting=MAX_WAITING_SEQUENCES,
+        tokenizer_dir=str(args.tokenizer or artifact.tokenizer_dir),
+        tokenizer_mode=args.tokenizer_mode,
+        seed=args.seed,
+    )
+
+
+def settings_of_ticket(ticket: AttachTicket) -> EngineSettings:
+    """For an engine that shares another one's workers. Raises: ArtifactError."""
+    model = ResolvedModel(Path(ticket.workers[0].artifact_path))
+    return _settings_for(
+        model,
+        Artifact.open(model.path),
+        workers=ticket.workers,
+        devices=ticket.devices,
+        max_waiting=ticket.max_waiting,
+        tokenizer_dir=ticket.tokenizer_dir,
+        tokenizer_mode=ticket.tokenizer_mode,
+        seed=ticket.seed,
+    )
+
+
+def _settings_for(
+    model: ResolvedModel,
+    artifact: Artifact,
+    *,
+    workers: tuple[Configure, ...],
+    devices: tuple[str, ...],
+    max_waiting: int,
+    tokenizer_dir: str,
+    tokenizer_mode: str,
+    seed: int | None,
+) -> EngineSettings:
+    """What follows from how the workers are configured."""
+    return EngineSettings(
+        model=model,
+        inputs=InputProcessor(
+            tokenizer=Tokenizer.from_directory(tokenizer_dir, tokenizer_mode),
+            vocab_size=artifact.config.vocab_size,
+            max_model_len=workers[0].max_model_len,
+            eos_token_ids=artifact.eos_token_ids,
+            engine_seed=seed,
+        ),
+        weights=artifact.weights,
+        generation=dict(artifact.generation),
+        workers=workers,
+        devices=devices,
+        max_processing_samples=workers[0].max_processing_samples,
+        max_waiting=max_waiting,
+        tokenizer_dir=tokenizer_dir,
+        tokenizer_mode=tokenizer_mode,
     )
 
 

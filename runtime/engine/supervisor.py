@@ -43,6 +43,17 @@ class RestartPolicy:
         self._crashes_s: list[float] = []  # those inside the window
         self._epoch = 1
         self._due_s = math.inf
+        self._is_given_up = False
+
+    @property
+    def epoch(self) -> int:
+        """That of the process that runs, or ran last."""
+        return self._epoch
+
+    @property
+    def is_given_up(self) -> bool:
+        """Whether no further process will be started."""
+        return self._is_given_up
 
     @property
     def due_s(self) -> float:
@@ -55,10 +66,16 @@ class RestartPolicy:
         num_crashes = len(self._crashes_s)
         if num_crashes > self._max_crashes:
             self._due_s = math.inf
+            self._is_given_up = True
             return [GiveUp(f"{num_crashes} crashes within {self._window_s:g} s")]
         delay_s = 0.0 if num_crashes == 1 else self._first_delay_s * 2 ** (num_crashes - 2)
         self._due_s = now_s + delay_s
         return self.tick(now_s)
+
+    def restart(self) -> list[Start | GiveUp]:
+        """The process has ended because it was asked to: no crash, so the next starts at once."""
+        self._epoch += 1
+        return [Start(self._epoch)]
 
     def tick(self, now_s: float) -> list[Start | GiveUp]:
         """Time has passed."""

@@ -9,15 +9,15 @@ import tempfile
 from contextlib import suppress
 from typing import IO
 
+from furiosa_llm.engine.worker_socket import Peer
 from furiosa_llm.errors import FuriosaLLMError
 from furiosa_llm.wire.messages import Configure
 from furiosa_llm.wire.pipe import pack_configure
-from furiosa_llm.wire.sockets import worker_identity
 
 _TAIL_BYTES = 2000
 
 
-class WorkerProcess:
+class WorkerProcess(Peer):
     """A running `python -m furiosa_llm.workers`.
 
     It lives at most as long as this process does: its standard input is a pipe that only we hold,
@@ -25,12 +25,10 @@ class WorkerProcess:
     has threads and sockets copies their locks in whatever state they are.
     """
 
-    def __init__(self, configure: Configure, *, start_deadline_s: float) -> None:
-        self.configure = configure
-        self.identity = worker_identity(configure.worker_id, configure.epoch)
-        self.start_deadline_s = start_deadline_s  # on the monotonic clock; moot once it is ready
-        self.is_ready = False
-        self.next_seq = 0
+    def __init__(self, configure: Configure, *, deadline_s: float) -> None:
+        super().__init__(configure.worker_id, configure.epoch)
+        self.deadline_s = deadline_s  # to be ready, or gone, by then; on the monotonic clock
+        self.end_reason = ""  # why we end it, if we do: a word for `WorkerStatus.restarts`
         self.start_error: FuriosaLLMError | None = None  # what its StartFailed said
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `reap`
         command = [sys.executable, "-m", "furiosa_llm.workers"]
@@ -54,8 +52,15 @@ class WorkerProcess:
         """Whether it has left by itself, with an error; not when a signal ended it."""
         return (self._process.poll() or 0) > 0
 
-    def kill(self) -> None:
-        """SIGKILL; `pid_fd` becomes readable when it is gone."""
+    @property
+    def how_it_ended(self) -> str:
+        """By itself, with an error ("crash") or without ("exit"), or by a "signal"."""
+        code = self._process.poll() or 0
+        return "crash" if code > 0 else "signal" if code < 0 else "exit"
+
+    def kill(self, reason: str) -> None:
+        """SIGKILL, for this reason; `pid_fd` becomes readable when it is gone."""
+        self.end_reason = self.end_reason or reason
         self._process.kill()
 
     def reap(self, timeout_s: float | None = None) -> str:
@@ -77,6 +82,6 @@ class WorkerProcess:
         tail = self._log.read().decode(errors="replace").strip()
         self._log.close()
         how = f"was ended by signal {-code}" if code < 0 else f"exited with code {code}"
-        return f"worker {self.configure.worker_id} (pid {self.pid}) {how}" + (
+        return f"worker {self.worker_id} (pid {self.pid}) {how}" + (
             f"; its last words: {tail}" if tail else ""
         )
