@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
     from furiosa_llm.args import AsyncEngineArgs
+    from furiosa_llm.cli.source import Source
+    from furiosa_llm.client import AsyncClient
+    from furiosa_llm.outputs import RequestOutput
     from furiosa_llm.sampling_params import SamplingParams
     from furiosa_llm.text.tokenizer import Tokenizer
 
@@ -26,24 +29,29 @@ if TYPE_CHECKING:
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def generate(arguments: tuple[str, ...]) -> None:
     """Answer prompts, streaming to the terminal."""
-    from furiosa_llm.args import AsyncEngineArgs
     from furiosa_llm.cli.sampling_options import sampling_params
+    from furiosa_llm.cli.source import source_of
 
-    namespace = build_parser().parse_intermixed_args(list(arguments))
-    engine_args = AsyncEngineArgs.from_cli_args(namespace)
+    parser = build_parser()
+    namespace = parser.parse_intermixed_args(list(arguments))
+    source = source_of(parser, namespace, default=None)
     params = sampling_params(namespace)
     prompts = namespace.prompts or [_read_prompt()]
-    asyncio.run(_run(engine_args, params, prompts, namespace.is_chat))
+    if source.engine_args is None:
+        asyncio.run(_run_remote(source, params, prompts, namespace.is_chat))
+    else:
+        asyncio.run(_run(source.engine_args, params, prompts, namespace.is_chat))
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's flags: the engine's, the sampling flags, and its own."""
-    from furiosa_llm.args import AsyncEngineArgs
     from furiosa_llm.cli.sampling_options import add_sampling_args
+    from furiosa_llm.cli.source import add_source_args
 
     parser = argparse.ArgumentParser(
         prog="furiosa-serve generate",
-        usage="%(prog)s --model MODEL [OPTION ...] [PROMPT ...]",
+        usage="%(prog)s (--model MODEL | --name NAME | --connect ADDRESS) [OPTION ...] "
+        "[PROMPT ...]",
         description="Answer prompts, all at once, streaming to the terminal. Figures and errors "
         "go to standard error.",
         allow_abbrev=False,
@@ -66,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--raw", dest="is_chat", action="store_false", help="let the model go on with the prompts"
     )
     add_sampling_args(parser)
-    AsyncEngineArgs.add_cli_args(parser)
+    add_source_args(parser)
     return parser
 
 
@@ -96,6 +104,42 @@ async def _run(
         figures = await show_answers(engine, inputs, params, begin=shown.begin, write=shown.write)
         shown.end()
     click.echo(figures.line(), err=True)
+
+
+async def _run_remote(
+    source: Source, params: SamplingParams, prompts: Sequence[str], is_chat: bool | None
+) -> None:
+    from furiosa_llm.cli.live import show_answers
+    from furiosa_llm.cli.source import open_source
+
+    async with open_source(source) as client:
+        if is_chat is None:
+            is_chat = bool((await client.status()).raw.get("has_chat_template"))
+        shown = _Shown(prompts)
+        figures = await show_answers(
+            _Remote(client, is_chat), prompts, params, begin=shown.begin, write=shown.write
+        )
+        shown.end()
+    click.echo(figures.line(), err=True)
+
+
+class _Remote:
+    """A daemon as `show_answers` wants an engine: its ids are ours alone, so they are made up."""
+
+    def __init__(self, client: AsyncClient, is_chat: bool) -> None:
+        self._client = client
+        self._is_chat = is_chat
+
+    async def generate(
+        self, prompt: str, params: SamplingParams, request_id: str
+    ) -> AsyncIterator[RequestOutput]:
+        if self._is_chat:
+            stream = self._client.stream_chat([{"role": "user", "content": prompt}], params)
+        else:
+            stream = self._client.stream_generate(prompt, params)
+        async with stream:
+            async for output in stream:
+                yield output
 
 
 def _chat_prompt(tokenizer: Tokenizer, prompt: str) -> dict[str, Any]:

@@ -12,11 +12,19 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from furiosa_llm.engine.async_llm_engine import AsyncLLMEngine
+    from furiosa_llm.outputs import RequestOutput
     from furiosa_llm.sampling_params import SamplingParams
+
+
+class Engine(Protocol):
+    """What is asked: an AsyncLLMEngine, or a daemon."""
+
+    def generate(
+        self, prompt: Any, params: SamplingParams, request_id: str, /
+    ) -> AsyncIterator[RequestOutput]: ...
 
 
 @dataclass(slots=True)
@@ -43,7 +51,7 @@ class Figures:
 
 
 async def show_answers(
-    engine: AsyncLLMEngine,
+    engine: Engine,
     prompts: Sequence[Any],
     params: SamplingParams,
     *,
@@ -92,7 +100,7 @@ async def show_answers(
 
 
 async def _pieces(
-    engine: AsyncLLMEngine, prompt: Any, params: SamplingParams, request_id: str
+    engine: Engine, prompt: Any, params: SamplingParams, request_id: str
 ) -> AsyncIterator[tuple[str, int]]:
     """(new text, number of new tokens) as they are made."""
     async for output in engine.generate(prompt, params, request_id):
