@@ -1,0 +1,1 @@
+"""What `furiosa-serve top` shows of a running server."""
