@@ -1,0 +1,166 @@
+"""Our daemon against vLLM's CPU build: bf16 on both sides, and our int8 beside them.
+
+    python benchmarks/serving_vs_vllm.py --gguf SmolLM2-BF16.gguf [--python VENV/bin/python]
+
+vLLM is installed into a virtual environment in the cache if need be, and reads the same weights as
+a checkpoint, which is written from the GGUF file. Each number of clients meets freshly started
+servers, in turn. Where vLLM does not start, the result file says so. Prints tables and writes
+benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gguf_to_checkpoint import convert
+from machine import facts, results_path, table
+from pieces import Pieces
+from servers import Command, RunningServer, ServerFailedError, ours
+from serving import (
+    LEVEL_HEADER,
+    LEVELS,
+    ONE_TOKEN_HEADER,
+    PROCESS_HEADER,
+    Shape,
+    level_rows,
+    load_level,
+    load_one_token,
+    look_at,
+    one_token_rows,
+    process_rows,
+)
+from vllm_server import PACKAGE, VERSION, find_or_install, vllm_server
+
+OURS, OURS_INT8, PEER = "ours, bf16", "ours, int8", "vLLM, bf16"
+MAX_MODEL_LEN = 2048
+FIRST_SEED = 100  # of the rounds' prompts: all sides of a round get the same
+
+
+class Comparison:
+    """The pieces of the benchmark, each measured once."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._pieces = Pieces(options.state, options.budget_s)
+        self._shape = Shape(share=options.share)
+        self._num_rounds: int = options.rounds
+        self._gguf: Path = options.gguf.resolve()
+        cache_dir: Path = options.cache_dir
+        self._python = options.python or find_or_install(cache_dir, options.torch_wheel)
+        self._checkpoint = cache_dir / f"{options.gguf.stem}-checkpoint"
+        if not (self._checkpoint / "tokenizer.json").exists():
+            convert(self._gguf, self._checkpoint)
+        self.failure: str | None = None  # why the peer does not run here
+
+    def level(self, level: int) -> dict[str, list[Any]]:
+        """Runs of all at `level` clients."""
+
+        def measure(server: RunningServer, seed: int) -> Any:
+            server.wait_for_first_token()
+            # The first answers to so many callers may be compiled for, or allocated for.
+            load_level(server, level, Shape(16, 2, 0.0), seed=seed + 1000)
+            return look_at(server, level, self._shape, seed=seed)
+
+        return self._rounds(f"level {level}", measure)
+
+    def one_token(self) -> dict[str, list[Any]]:
+        def measure(server: RunningServer, seed: int) -> Any:
+            server.wait_for_first_token()
+            load_one_token(server, Shape(share=0.1), seed=seed + 1000)
+            return load_one_token(server, self._shape, seed=seed)
+
+        return self._rounds("one token", measure)
+
+    def _rounds(
+        self, what: str, measure: Callable[[RunningServer, int], Any]
+    ) -> dict[str, list[Any]]:
+        """A run of each side per round; every other round goes through them backwards."""
+        sides: dict[str, Callable[[], Command]] = {
+            OURS: lambda: self._ours("bf16"),
+            OURS_INT8: lambda: self._ours("int8"),
+            PEER: self._peer,
+        }
+        runs: dict[str, list[Any]] = {name: [] for name in sides}
+        for index in range(self._num_rounds):
+            for name in sides if index % 2 == 0 else reversed(sides):
+                if name == PEER and self.failure is not None:
+                    continue
+
+                def run(name: str = name, seed: int = FIRST_SEED + index) -> Any:
+                    with RunningServer(sides[name]()) as server:
+                        return measure(server, seed)
+
+                try:
+                    result = self._pieces.get(
+                        f"{name} {what} round {index}", run, like=f"{name} {what} round 0"
+                    )
+                except ServerFailedError as error:
+                    if name != PEER:
+                        raise
+                    self.failure = str(error)
+                else:
+                    runs[name].append(result)
+        return {name: found for name, found in runs.items() if found}
+
+    def _ours(self, weights: str) -> Command:
+        return ours(str(self._gguf), "--weights", weights, "--log-level", "warning")
+
+    def _peer(self) -> Command:
+        return vllm_server(
+            self._python,
+            self._checkpoint,
+            num_threads=len(os.sched_getaffinity(0)),
+            max_model_len=MAX_MODEL_LEN,
+        )
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--gguf", type=Path, required=True, help="the model in bf16")
+    parser.add_argument("--python", type=Path, help="an interpreter that has vLLM")
+    parser.add_argument("--torch-wheel", help="torch's CPU build, where the index has another")
+    parser.add_argument("--cache-dir", type=Path, default=Path("~/.cache/furiosa/benchmarks"))
+    parser.add_argument("--levels", type=int, nargs="+", default=list(LEVELS), metavar="CLIENTS")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--share", type=float, default=1.0, help="of the load, for a trial")
+    parser.add_argument("--state", type=Path, help="file of the results so far")
+    parser.add_argument("--budget-s", type=float, help="then stop; go on at the next call")
+    options = parser.parse_args()
+    options.cache_dir = options.cache_dir.expanduser()
+    return options
+
+
+def main() -> None:
+    options = parse_args()
+    comparison = Comparison(options)
+    about = facts() | {
+        "model": options.gguf.name,
+        "peer": f"{PACKAGE} {VERSION}",
+        "load": f"closed loop, {Shape().input_len} tokens in, {Shape().output_len} out, greedy, a "
+        f"connection per request; medians of {options.rounds} runs, each on a fresh server",
+        "threads": f"{len(os.sched_getaffinity(0))} each; the client shares their cores",
+    }
+    levels = {level: comparison.level(level) for level in options.levels}
+    one_token = comparison.one_token()
+    if comparison.failure is not None:
+        last = comparison.failure.strip().splitlines()[-1]
+        about["note"] = f"{PACKAGE} does not run on this machine: {last}"
+    shown = "\n\n".join(
+        [
+            "\n".join(f"- {key}: {value}" for key, value in about.items()),
+            table(LEVEL_HEADER, [row for n, runs in levels.items() for row in level_rows(n, runs)]),
+            table(ONE_TOKEN_HEADER, one_token_rows(one_token)),
+            table(PROCESS_HEADER, process_rows(levels[max(options.levels)])),
+        ]
+    )
+    print("\n" + shown)
+    path = results_path("serving-vs-vllm")
+    path.write_text(f"# Serving beside vLLM's CPU build\n\n{shown}\n", encoding="utf-8")
+    print(f"\nwritten to {path}")
+
+
+if __name__ == "__main__":
+    main()
