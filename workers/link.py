@@ -8,11 +8,11 @@ again in the background, with `Ready` as its first message, for whoever binds th
 from __future__ import annotations
 
 import logging
+import struct
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from furiosa_llm.wire.codec import decode_to_worker, encode
 from furiosa_llm.wire.errors import WireError
@@ -102,7 +102,9 @@ class AttachedLink(FrontEndLink):
     def has_vanished(self) -> bool:
         """Whether the connection has broken since the link was made. It is to be replaced then."""
         while self.monitor.poll(0):
-            event = recv_monitor_message(self.monitor)["event"]
+            # By hand (zmq_socket_monitor(3)): pyzmq's own parser would load asyncio here.
+            frame, _ = self.monitor.recv_multipart()
+            (event,) = struct.unpack_from("=H", frame)
             self._is_connected = event == zmq.Event.HANDSHAKE_SUCCEEDED
             if not self._is_connected:
                 return True

@@ -8,7 +8,6 @@ from typing import Any, Protocol, cast
 
 from furiosa_llm.client.connection import Connection, Deliver, Dial, Effect, HangUp, Send
 from furiosa_llm.client.transport import Transport
-from furiosa_llm.errors import FuriosaLLMError
 
 MAX_MESSAGES_PER_TURN = 256
 
@@ -87,8 +86,3 @@ class Driver:
     def _dial(self) -> None:
         self._transport.dial()
         self._sockets_changed()
-
-
-def failure_of(error: BaseException) -> FuriosaLLMError:
-    """What those who wait are told when the driver itself cannot go on."""
-    return FuriosaLLMError(f"the client failed: {type(error).__name__}: {error}")

@@ -55,9 +55,7 @@ class Metrics(MetricsHooks):
             self.params_max_tokens.add(max_tokens)
         self.loop_lag.note()
 
-    def first_token(
-        self, *, seconds: float | None, num_prompt_tokens: int, count: int = 1
-    ) -> None:
+    def first_token(self, *, seconds: float | None, num_prompt_tokens: int, count: int = 1) -> None:
         if seconds is not None:
             self.first_token_s.add(seconds)
         self.num_prompt_tokens += num_prompt_tokens
