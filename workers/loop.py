@@ -155,9 +155,9 @@ class WorkerLoop:
 
     def _receive(self) -> None:
         """Handle the messages that are there, without waiting for any."""
-        for link in list(self._attached.values()):
-            if link.has_vanished():
-                self._attach(link.attach)
+        for attached in list(self._attached.values()):
+            if attached.has_vanished():
+                self._attach(attached.attach)
         for link in self._links:
             added: list[int] = []
             for message in link.receive(MAX_MESSAGES_PER_ROUND):
