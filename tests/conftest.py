@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,10 @@ from furiosa_llm.workers.artifact.resolve import resolve_model
 # An example takes as long as it takes: the machine may be busy with something else.
 settings.register_profile("furiosa-serve", deadline=None)
 settings.load_profile("furiosa-serve")
+
+# A shell starts background jobs with Ctrl-C ignored, and children inherit that: commands under test
+# must meet it as on a terminal.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SMOLLM2 = "SmolLM2-135M-Instruct"
 
