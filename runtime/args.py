@@ -22,7 +22,7 @@ from furiosa_llm.errors import DeviceError, InvalidRequestError
 
 BACKENDS = ("native", "numpy", "mock")
 WEIGHTS = ("auto", "fp32", "bf16", "int8", "int4")
-KV_CACHE_DTYPES = ("auto", "fp32", "bf16")
+KV_CACHE_DTYPES = ("auto", "fp32", "bf16", "int8")
 PACKING_TYPES = ("IDENTITY", "GREEDY")
 TOKENIZER_MODES = ("auto", "slow")
 MAX_NUM_SEQS = 8192  # the most rows of one message to a worker
@@ -203,9 +203,6 @@ def _check_backend(flag: str, value: Any) -> str:
 
 
 def _check_kv_cache_dtype(flag: str, value: Any) -> str:
-    if isinstance(value, str) and value.lower() == "int8":
-        allowed = ", ".join(KV_CACHE_DTYPES)
-        raise refuse(flag, f"{shown(value)} is not supported yet: use one of {allowed}")
     return check_choice(flag, value, KV_CACHE_DTYPES)
 
 

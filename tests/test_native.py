@@ -127,6 +127,19 @@ def test_matmul_bits_do_not_depend_on_the_number_of_rows(isa: str, dtype: str) -
         assert np.array_equal(native.matmul(tensor, x[:count], isa=isa), whole[:count])
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [*WEIGHTS, "int4-min"])
+def test_matmul_of_many_rows_unpacks_panels_without_changing_a_bit(isa: str, dtype: str) -> None:
+    """Rows enough for every way that a kernel has, inputs enough for several chunks of a panel."""
+    rng = np.random.default_rng(4)
+    tensor = packed_tensor(rng.standard_normal((20, 1600)).astype(np.float32), dtype)
+    x = rng.standard_normal((130, 1600)).astype(np.float32)
+    x[7] = 0
+    one_by_one = np.concatenate([native.matmul(tensor, row[None], isa=isa) for row in x])
+    for count in (24, 27, 28, 39, 40, 65, 130):
+        assert np.array_equal(native.matmul(tensor, x[:count], isa=isa), one_by_one[:count])
+
+
 def test_matmul_extremes_stay_exact() -> None:
     """All inputs and all weights at their largest: no integer sum saturates."""
     for dtype, q, value in (("int8", -128, -128.0), ("int4", 0, -8.0), ("int4", 15, 7.0)):
@@ -137,15 +150,16 @@ def test_matmul_extremes_stay_exact() -> None:
         bytes_[num_data : num_data + 32] = np.ones(16, np.float16).view(np.uint8)
         tensor.data[:] = bytes_
         for isa in ISAS:
-            y = native.matmul(tensor, np.full((5, 32), -127, np.float32), isa=isa)
-            assert (y == value * -127 * 32).all()
+            for num_rows in (5, 48):
+                y = native.matmul(tensor, np.full((num_rows, 32), -127, np.float32), isa=isa)
+                assert (y == value * -127 * 32).all()
 
 
 # ---- the whole step ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("kv_cache_dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("kv_cache_dtype", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_logits_match_the_reference(
@@ -175,11 +189,12 @@ def logits_bounds(weights: str, kv_cache_dtype: str) -> tuple[float, float]:
 
     Sums in another order differ in the last bits. Where values are rounded on the way, one at the
     edge of a step may then fall to the other side: rarely to another bf16 in the cache, and by
-    1/127 of its group's largest in activations quantised for int8 and int4.
+    1/127 of its group's (an int8 cache: its head's) largest in activations quantised for int8 and
+    int4.
     """
     if weights in ("int8", "int4"):
         return 0.4, 0.04
-    return (3e-4, 5e-5) if kv_cache_dtype == "fp32" else (0.03, 0.003)
+    return {"fp32": (3e-4, 5e-5), "bf16": (0.03, 0.003), "int8": (0.1, 0.01)}[kv_cache_dtype]
 
 
 def all_logits(executor: NativeExecutor, chunk: int, together: bool, block_size: int) -> np.ndarray:
@@ -213,6 +228,7 @@ def all_logits(executor: NativeExecutor, chunk: int, together: bool, block_size:
         ("llama", "fp32", "fp32"),
         ("qwen3", "bf16", "bf16"),
         ("llama", "int8", "bf16"),
+        ("llama", "bf16", "int8"),
         ("llama3", "int4", "fp32"),
     ],
 )
@@ -249,6 +265,43 @@ def test_bits_do_not_depend_on_batch_chunks_blocks_or_pes(
         run(chunk=64, together=True, num_pes=3, block_size=8),
     ):
         assert np.array_equal(variant, alone)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kv_cache_dtype", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("sliding_window", [0, 300])
+def test_long_contexts_are_shared_out_without_changing_a_bit(
+    artifact_of: Callable[..., Artifact],
+    make_executor: MakeExecutor,
+    sliding_window: int,
+    kv_cache_dtype: str,
+    isa: str,
+) -> None:
+    """600 tokens are three partitions: done by one PE in a row, or by several and then merged."""
+    artifact = artifact_of("mistral", "fp32", sliding_window=sliding_window)
+    tokens = [(13 * i + 5) % VOCAB_SIZE for i in range(601)]
+    blocks = [i ^ 1 for i in range(38)]
+    options = {"kv_cache_dtype": kv_cache_dtype, "max_num_batched_tokens": 640}
+
+    def run(num_pes: int, chunk: int) -> np.ndarray:
+        executor = make_executor(artifact, isa=isa, cpus=((),) * num_pes, **options)
+        for start in range(0, 600, chunk):
+            end = min(start + chunk, 600)
+            executor.logits(step_batch([Row(start, tokens[start:end], blocks)]))
+        return executor.logits(step_batch([Row(600, tokens[600:], blocks)]))
+
+    alone = run(num_pes=1, chunk=600)
+    for num_pes, chunk in ((3, 600), (2, 257), (8, 64)):
+        assert np.array_equal(run(num_pes, chunk), alone)
+
+    reference = ReferenceExecutor(
+        artifact, num_blocks=64, block_size=16, kv_cache_dtype=kv_cache_dtype
+    )
+    reference.logits(step_batch([Row(0, tokens[:600], blocks)]))
+    difference = np.abs(reference.logits(step_batch([Row(600, tokens[600:], blocks)])) - alone)
+    max_bound, mean_bound = logits_bounds("fp32", kv_cache_dtype)
+    assert difference.max() < max_bound
+    assert difference.mean() < mean_bound
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -445,10 +498,10 @@ def test_a_step_larger_than_announced_is_refused(
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"kv_cache_dtype": "fp16"}, "'fp16'; it must be one of fp32, bf16"),
+        ({"kv_cache_dtype": "fp16"}, "'fp16'; it must be one of fp32, bf16, int8"),
         ({"num_blocks": 0}, "not positive"),
         ({"cpus": ()}, "not positive"),
-        ({"isa": "sse9"}, f"'sse9'.*use one of {', '.join(ISAS)}"),
+        ({"isa": "sse9"}, f"'sse9'.*this CPU has {', '.join(ISAS)}"),
     ],
 )
 def test_an_executor_that_cannot_be_is_refused(

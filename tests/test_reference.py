@@ -299,5 +299,5 @@ def test_a_closed_executor_refuses(artifact_of):
 
 
 def test_an_unknown_cache_type_is_refused(artifact_of):
-    with pytest.raises(InvalidRequestError, match="'fp8'; it must be one of fp32, bf16"):
+    with pytest.raises(InvalidRequestError, match="'fp8'; it must be one of fp32, bf16, int8"):
         executor_of(artifact_of("llama", "fp32"), kv_cache_dtype="fp8")

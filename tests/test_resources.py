@@ -44,7 +44,7 @@ async def pss_after_use(model, devices, num_workers):
 async def test_two_workers_hold_one_copy_of_the_weights(smollm2_artifact, monkeypatch):
     monkeypatch.setenv("FURIOSA_SERVE_TOPOLOGY", "2x1")
     artifact = smollm2_artifact("bf16")  # 270 MB: a second copy could not hide
-    kv_bytes = 256 * 16 * artifact.config.kv_bytes_per_token(2)
+    kv_bytes = 256 * 16 * artifact.config.kv_bytes_per_token("bf16")
     # A file of their own: what this process has mapped of the other would count as shared with it.
     with tempfile.TemporaryDirectory() as directory:
         path = shutil.copytree(artifact.path, Path(directory) / "artifact")

@@ -33,8 +33,8 @@ def configure(artifact, **changed):
     return resolve(artifact, **changed).workers[0]
 
 
-def block_bytes(artifact, *, value=4, block_size=16):
-    return artifact.config.kv_bytes_per_token(value) * block_size
+def block_bytes(artifact, *, dtype="fp32", block_size=16):
+    return artifact.config.kv_bytes_per_token(dtype) * block_size
 
 
 @pytest.mark.parametrize(

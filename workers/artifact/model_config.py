@@ -36,6 +36,11 @@ class ModelConfig:
     def kv_size(self) -> int:
         return self.num_kv_heads * self.head_dim
 
-    def kv_bytes_per_token(self, bytes_per_value: int) -> int:
-        """KV cache bytes that one token takes over all layers."""
-        return 2 * self.num_layers * self.kv_size * bytes_per_value
+    def kv_bytes_per_token(self, dtype: str) -> int:
+        """KV cache bytes that one token takes over all layers, in fp32, bf16 or int8."""
+        head_bytes = {
+            "fp32": 4 * self.head_dim,
+            "bf16": 2 * self.head_dim,
+            "int8": self.head_dim + 4,  # and a float32 scale
+        }
+        return 2 * self.num_layers * self.num_kv_heads * head_bytes[dtype]

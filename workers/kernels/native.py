@@ -30,7 +30,7 @@ from furiosa_llm.workers.kernels.native_library import (
     resolve_isa,
 )
 
-KV_CACHE_DTYPES = ("fp32", "bf16")
+KV_CACHE_DTYPES = ("fp32", "bf16", "int8")
 
 # The tensor table's order: FsGlobalTensor, then FsLayerTensor for each layer.
 _GLOBAL_TENSORS = ("embed", "lm_head", "final_norm", "rope_inv_freq")
@@ -45,7 +45,7 @@ class NativeExecutor:
     Args:
         artifact: the model; it is kept alive as long as the executor.
         num_blocks, block_size: the KV cache; memory is taken as blocks are first written.
-        kv_cache_dtype: fp32 or bf16.
+        kv_cache_dtype: fp32, bf16 or int8.
         cpus: for each PE the CPUs it runs on; an empty tuple leaves that PE unbound. PE 0 is the
             thread that calls, bound while a step runs.
         max_num_batched_tokens: the most tokens in one step; a larger one is refused.
@@ -170,7 +170,7 @@ def matmul(tensor: Tensor, x: Float32, *, isa: str | None = None) -> Float32:
     message = FsMessage()
     status = library().fs_matmul(
         resolve_isa(isa).encode(),
-        ctypes.byref(_tensor_struct(tensor)),
+        ctypes.byref(tensor_struct(tensor)),
         x.ctypes.data,
         len(x),
         y.ctypes.data,
@@ -205,12 +205,13 @@ def _tensor_table(artifact: Artifact) -> Any:
         names += [f"layers.{index}.{name}" for name in _LAYER_TENSORS]
     present = set(artifact.names)
     entries = [
-        _tensor_struct(artifact.tensor(name)) if name in present else FsTensor() for name in names
+        tensor_struct(artifact.tensor(name)) if name in present else FsTensor() for name in names
     ]
     return (FsTensor * len(entries))(*entries)
 
 
-def _tensor_struct(tensor: Tensor) -> FsTensor:
+def tensor_struct(tensor: Tensor) -> FsTensor:
+    """The C view of a tensor, whose data must outlive it."""
     return FsTensor(
         data=tensor.data.ctypes.data,
         nbytes=tensor.data.nbytes,

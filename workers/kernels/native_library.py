@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from ctypes import POINTER, c_char, c_char_p, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_char, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,8 @@ class FsMessage(ctypes.Structure):
 
 _STRUCTS = (FsTensor, FsEngineConfig, FsBatch, FsResult, FsMessage)  # in fs_struct_size's order
 
+_TIMING = (c_double, POINTER(c_double), POINTER(FsMessage))  # the last arguments of fs_time_*
+
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "fs_abi_version": (c_int32, ()),
     "fs_struct_size": (c_int64, (c_int32,)),
@@ -135,6 +137,14 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "fs_matmul": (
         c_int32,
         (c_char_p, POINTER(FsTensor), c_void_p, c_int32, c_void_p, POINTER(FsMessage)),
+    ),
+    "fs_time_matmul": (
+        c_int32,
+        (c_char_p, POINTER(FsTensor), c_int32, c_int32, c_int32, *_TIMING),
+    ),
+    "fs_time_attention": (
+        c_int32,
+        (c_char_p, POINTER(FsEngineConfig), c_int32, c_int32, *_TIMING),
     ),
     "fs_sample": (
         c_int32,

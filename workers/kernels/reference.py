@@ -9,6 +9,7 @@ and `reference_ops` say why).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,13 +24,14 @@ from furiosa_llm.workers.kernels.reference_matmul import Matrix, load_matrix
 from furiosa_llm.workers.kernels.reference_ops import (
     PIECE_LEN,
     attend,
+    quantize_heads,
     rms_norm,
     rotate,
     rotation,
     swiglu,
 )
 
-KV_CACHE_DTYPES = ("fp32", "bf16")
+KV_CACHE_DTYPES = ("fp32", "bf16", "int8")
 
 
 class ReferenceExecutor:
@@ -38,7 +40,7 @@ class ReferenceExecutor:
     Args:
         artifact: the model.
         num_blocks, block_size: the KV cache; memory is taken as blocks are first written.
-        kv_cache_dtype: fp32 or bf16.
+        kv_cache_dtype: fp32, bf16 or int8.
     Raises: InvalidRequestError for another kv_cache_dtype.
     """
 
@@ -54,7 +56,7 @@ class ReferenceExecutor:
         self._config = artifact.config
         self._weights: _Weights | None = _Weights.of(artifact)
         self._cache: _KVCache | None = _KVCache(
-            artifact.config, num_blocks, block_size, is_bf16=kv_cache_dtype == "bf16"
+            artifact.config, num_blocks, block_size, kv_cache_dtype
         )
 
     @property
@@ -183,16 +185,19 @@ class _Weights:
 
 
 class _KVCache:
-    """Keys and values in blocks: (layers, 2, blocks, kv_heads, block_size, head_dim)."""
+    """Keys and values in blocks: (layers, 2, blocks, kv_heads, block_size, head_dim).
+
+    int8 has a float32 scale for each head of a token: max|x| / 127, x / scale rounded half to even.
+    """
 
     def __init__(
-        self, config: ModelConfig, num_blocks: int, block_size: int, *, is_bf16: bool
+        self, config: ModelConfig, num_blocks: int, block_size: int, dtype: str
     ) -> None:
-        self._num_blocks, self._block_size, self._is_bf16 = num_blocks, block_size, is_bf16
+        self._num_blocks, self._block_size = num_blocks, block_size
         shape = (config.num_layers, 2, num_blocks, config.num_kv_heads, block_size, config.head_dim)
-        self._blocks: NDArray[np.uint16] | Float32 = (
-            np.zeros(shape, np.uint16) if is_bf16 else np.zeros(shape, np.float32)
-        )
+        stored = {"fp32": np.float32, "bf16": np.uint16, "int8": np.int8}[dtype]
+        self._blocks: NDArray[Any] = np.zeros(shape, stored)
+        self._scales = np.zeros((*shape[:-1], 1) if dtype == "int8" else (0,), np.float32)
 
     def slots(self, block_ids: Int32, positions: Int32) -> NDArray[np.integer]:
         """Where the tokens at these positions of a sequence are kept."""
@@ -205,10 +210,16 @@ class _KVCache:
         return slots
 
     def write(self, layer: int, slots: NDArray[np.integer], k: Float32, v: Float32) -> None:
-        """Store (tokens, kv_heads, head_dim) keys and values, rounded to bf16 if that is kept."""
+        """Store (tokens, kv_heads, head_dim) keys and values, rounded to the cache's type."""
         block_of_token, offsets = np.divmod(slots, self._block_size)
-        for part, values in zip(self._blocks[layer], (k, v), strict=True):
-            part[block_of_token, :, offsets] = to_bf16(values) if self._is_bf16 else values
+        for part, values in enumerate((k, v)):
+            place = (layer, part, block_of_token, slice(None), offsets)
+            if self._blocks.dtype == np.int8:
+                self._blocks[place], self._scales[place] = quantize_heads(values)
+            elif self._blocks.dtype == np.uint16:
+                self._blocks[place] = to_bf16(values)
+            else:
+                self._blocks[place] = values
 
     def read(self, layer: int, block_ids: Int32, context: int) -> tuple[Float32, Float32]:
         """A sequence's keys and values, (kv_heads, context rounded up to pieces, head_dim) each.
@@ -218,11 +229,14 @@ class _KVCache:
         block_ids = block_ids[: -(-context // self._block_size)]
         padded_len = -(-context // PIECE_LEN) * PIECE_LEN
         found = []
-        for part in self._blocks[layer]:
-            blocks = part[block_ids].swapaxes(0, 1)  # (kv_heads, blocks, block_size, head_dim)
-            tokens = blocks.reshape(len(blocks), -1, part.shape[-1])[:, :context]
-            padded = np.zeros((len(tokens), padded_len, part.shape[-1]), np.float32)
-            padded[:, :context] = from_bf16(tokens) if tokens.dtype == np.uint16 else tokens
+        for part in range(2):
+            stored = self._blocks[layer, part, block_ids]  # (blocks, kv_heads, block_size, head_dim)
+            blocks = from_bf16(stored) if stored.dtype == np.uint16 else stored.astype(np.float32)
+            if stored.dtype == np.int8:
+                blocks *= self._scales[layer, part, block_ids]
+            tokens = blocks.swapaxes(0, 1).reshape(blocks.shape[1], -1, blocks.shape[-1])
+            padded = np.zeros((len(tokens), padded_len, blocks.shape[-1]), np.float32)
+            padded[:, :context] = tokens[:, :context]
             found.append(padded)
         return found[0], found[1]
 

@@ -63,6 +63,18 @@ def swiglu(gate_up: Float32) -> Float32:
     return result
 
 
+def quantize_heads(x: Float32) -> tuple[NDArray[np.int8], Float32]:
+    """Round each head of each token to int8: x / scale, half to even, with scale max|x| / 127.
+
+    Args:
+        x: (tokens, heads, head_dim) float32.
+    Returns: (tokens, heads, head_dim) int8; scales (tokens, heads, 1) float32, 0 for zeros.
+    """
+    scales = np.abs(x).max(axis=-1, keepdims=True) / np.float32(127)
+    q = np.rint(np.divide(x, scales, out=np.zeros_like(x), where=scales > 0))
+    return np.clip(q, -127, 127).astype(np.int8), scales
+
+
 def attend(
     q: Float32, keys: Float32, values: Float32, positions: Int32, sliding_window: int
 ) -> Float32:

@@ -21,9 +21,19 @@ struct Piece {
   float scales[2][kPieceSize];         // int8 only; likewise
 };
 
+// Asks for what will be read next. A task's keys and values lie in short runs all over the cache,
+// which the processor's own prefetcher is no good at.
+template <class Kv>
+SIMD_INLINE void fetch(const Kv* row, int count) {
+  const char* bytes = reinterpret_cast<const char*>(row);
+  for (int i = 0; i < count * static_cast<int>(sizeof(Kv)); i += 64) __builtin_prefetch(bytes + i);
+}
+
 // scores[i][key] for `N` queries that are `stride` floats apart; four keys at a time.
+// Meanwhile the values are fetched, if `is_first`.
 template <int N, class Kv>
-SIMD_INLINE void score_keys(float* scores, const float* q, int head_dim, const Piece<Kv>& piece) {
+SIMD_INLINE void score_keys(float* scores, const float* q, int head_dim, const Piece<Kv>& piece,
+                            bool is_first) {
   for (int key = piece.begin & ~3; key < piece.end; key += 4) {
     const Kv* k[4];
     for (int j = 0; j < 4; ++j) {  // a quad's keys outside the piece are masked by the caller
@@ -31,6 +41,7 @@ SIMD_INLINE void score_keys(float* scores, const float* q, int head_dim, const P
                           : key + j < piece.end ? key + j
                                                 : piece.end - 1;
       k[j] = piece.rows[0][clamped];
+      if (is_first) fetch(piece.rows[1][clamped], head_dim);
     }
     F8 acc[N][4];
     for (int i = 0; i < N; ++i) {
@@ -53,9 +64,10 @@ SIMD_INLINE void score_keys(float* scores, const float* q, int head_dim, const P
 }
 
 // acc[i] = acc[i] * correction[i] + sum over keys of p[i][key] * value[key], D lanes of eight at d.
+// Meanwhile the next piece's keys are fetched, if there is one.
 template <int N, int D, class Kv>
 SIMD_INLINE void add_values(float* acc, const float* corrections, const float* p, int head_dim,
-                            int d, const Piece<Kv>& piece) {
+                            int d, const Piece<Kv>& piece, const Piece<Kv>* next) {
   F8 total[N][D];
   for (int i = 0; i < N; ++i) {
     for (int c = 0; c < D; ++c) {
@@ -64,6 +76,9 @@ SIMD_INLINE void add_values(float* acc, const float* corrections, const float* p
   }
   for (int key = piece.begin; key < piece.end; ++key) {
     const Kv* v = piece.rows[1][key] + d;
+    if (next != nullptr && key >= next->begin && key < next->end) {
+      fetch(next->rows[0][key] + d, 8 * D);
+    }
     F8 weight[N];
     for (int i = 0; i < N; ++i) weight[i] = splat(p[i * kPieceSize + key]);
 #pragma GCC unroll 4
@@ -80,10 +95,12 @@ SIMD_INLINE void add_values(float* acc, const float* corrections, const float* p
 
 template <int N, class Kv>
 SIMD_INLINE void add_values(float* acc, const float* corrections, const float* p, int head_dim,
-                            const Piece<Kv>& piece) {
+                            const Piece<Kv>& piece, const Piece<Kv>* next) {
   int d = 0;
-  for (; d + 32 <= head_dim; d += 32) add_values<N, 4>(acc, corrections, p, head_dim, d, piece);
-  for (; d < head_dim; d += 8) add_values<N, 1>(acc, corrections, p, head_dim, d, piece);
+  for (; d + 32 <= head_dim; d += 32) {
+    add_values<N, 4>(acc, corrections, p, head_dim, d, piece, next);
+  }
+  for (; d < head_dim; d += 8) add_values<N, 1>(acc, corrections, p, head_dim, d, piece, next);
 }
 
 // What of a task lives between pieces, all in its scratch.
@@ -144,13 +161,15 @@ SIMD_INLINE void for_queries(int num_queries, const Body& body) {
   if (num_queries - query == 1) body(query, Count<1>());
 }
 
-// One piece for all queries; `visible(query, &begin, &end)` says what of it a query sees.
+// One piece for all queries; `visible(query, &begin, &end)` says what of it a query sees. `next`:
+// the piece after it, or null.
 template <class Kv, class Visible>
 SIMD_INLINE void attend_piece(const QueryState& state, int num_queries, int head_dim,
-                              const Piece<Kv>& piece, bool has_scales, const Visible& visible) {
+                              const Piece<Kv>& piece, const Piece<Kv>* next, bool has_scales,
+                              const Visible& visible) {
   for_queries(num_queries, [&](int query, auto count) __attribute__((always_inline)) {
     score_keys<decltype(count)::value>(state.scores + query * kPieceSize,
-                                       state.q + query * head_dim, head_dim, piece);
+                                       state.q + query * head_dim, head_dim, piece, query == 0);
   });
   for (int query = 0; query < num_queries; ++query) {
     int begin, end;
@@ -162,7 +181,8 @@ SIMD_INLINE void attend_piece(const QueryState& state, int num_queries, int head
   }
   for_queries(num_queries, [&](int query, auto count) __attribute__((always_inline)) {
     add_values<decltype(count)::value>(state.acc + query * head_dim, state.corrections + query,
-                                       state.scores + query * kPieceSize, head_dim, piece);
+                                       state.scores + query * kPieceSize, head_dim, piece,
+                                       query == 0 ? next : nullptr);
   });
 }
 
@@ -269,21 +289,30 @@ void attend(const AttentionTask& task) {
       state.largest[query] = -INFINITY;
       state.totals[query] = 0.0f;
     }
-    for (int base = partition * kPartitionSize; base < (partition + 1) * kPartitionSize;
-         base += kPieceSize) {
-      const int begin = task_begin > base ? task_begin - base : 0;
-      const int end = task_end - base < kPieceSize ? task_end - base : kPieceSize;
-      if (begin >= end) continue;
+    const auto piece_at = [&](int base) {
+      return piece_of<Kv>(task, base, task_begin > base ? task_begin - base : 0,
+                          task_end - base < kPieceSize ? task_end - base : kPieceSize);
+    };
+    const int partition_begin = partition * kPartitionSize;
+    const int first = (task_begin > partition_begin ? task_begin : partition_begin) /
+                      kPieceSize * kPieceSize;
+    const int end = partition_begin + kPartitionSize < task_end
+                        ? partition_begin + kPartitionSize : task_end;
+    Piece<Kv> next = piece_at(first);
+    for (int base = first; base < end; base += kPieceSize) {
       const auto visible = [&](int query, int* from, int* to) {
         const int position = task.first_position + query / heads;
         *from = first_seen(position) - base, *to = position + 1 - base;
       };
-      const Piece<Kv> piece = piece_of<Kv>(task, base, begin, end);
+      const Piece<Kv> piece = next;
+      const bool has_next = base + kPieceSize < end;
+      if (has_next) next = piece_at(base + kPieceSize);
       if (sizeof(Kv) == 4 || num_queries <= kFewQueries) {
-        attend_piece(state, num_queries, head_dim, piece, kHasScales, visible);
+        attend_piece(state, num_queries, head_dim, piece, has_next ? &next : nullptr, kHasScales,
+                     visible);
       } else {
         const Piece<float> wide = widened(piece, head_dim, room);
-        attend_piece(state, num_queries, head_dim, wide, kHasScales, visible);
+        attend_piece<float>(state, num_queries, head_dim, wide, nullptr, kHasScales, visible);
       }
     }
     for (int query = 0; query < num_queries; ++query) {

@@ -13,8 +13,9 @@ namespace {
 
 // LM head and sampling run on this many rows at a time, which bounds the memory for logits.
 constexpr int kLogitsRows = 64;
-// Items per PE in a job that is cut evenly: enough for a held-up PE's share to move elsewhere.
-constexpr int kItemsPerPe = 12;
+// Items per PE in a job that is cut evenly: enough for a held-up PE's share to move elsewhere, and
+// for all to end at nearly the same time.
+constexpr int kItemsPerPe = 24;
 // Columns of gate and up that are multiplied, combined and quantised in one go.
 constexpr int kStretch = 128;
 // Up to so many rows, their norms take less time than a job of their own would cost.
@@ -310,6 +311,7 @@ void Engine::attend(const FsBatch& batch, int layer) {
     const QueryRun& run = *(after - 1);
     const int kv_head = (task - run.first_task) % num_kv_heads;
     const int part = (task - run.first_task) / num_kv_heads;
+    if (run.num_parts == 1) fetch_context(batch, layer, run, kv_head);
     if (!is_cached_first) cache_tokens(layer, run.first_token, run.num_tokens, kv_head);
     attend_part(batch, layer, run, part, kv_head, pe);
     if (run.num_parts == 1) quantize_heads(run, kv_head, next);
@@ -318,6 +320,19 @@ void Engine::attend(const FsBatch& batch, int layer) {
   if (!are_heads_whole_groups() && next.is_quantized()) {
     for_rows(batch.num_tokens,
              [&](int row, int) { kernels_.quantize(buffers_.input, row, 0, q_size_); });
+  }
+}
+
+// Asks for the first piece of the keys that the run will attend to. They come while its own keys and
+// queries are rotated.
+void Engine::fetch_context(const FsBatch& batch, int layer, const QueryRun& run, int kv_head) {
+  const int position = buffers_.positions[run.first_token], window = config_.sliding_window;
+  const int begin = window > 0 && position >= window ? position - window + 1 : 0;
+  const int32_t* blocks = batch.block_ids + batch.block_offsets[run.row];
+  const int first = begin / cache_.block_size;
+  const int end = std::min(begin + kPieceSize, position) / cache_.block_size;
+  for (int block = first; block < end; ++block) {
+    cache_.fetch_keys(layer, kv_head, blocks[block]);
   }
 }
 

@@ -75,6 +75,7 @@ class Engine {
   void attend(const FsBatch& batch, int layer);
   void attend_part(const FsBatch& batch, int layer, const QueryRun& run, int part, int kv_head,
                    int pe);
+  void fetch_context(const FsBatch& batch, int layer, const QueryRun& run, int kv_head);
   void merge_parts(const Matrix& next);
   float* states_of(const QueryRun& run, int kv_head) const;
   bool are_heads_whole_groups() const;

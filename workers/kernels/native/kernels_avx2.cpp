@@ -23,6 +23,10 @@ namespace avx2 {
 
 #include "matmul_avx2.h"
 
+#include "dot_avx2.h"
+
+#include "matmul_int_avx2.h"
+
 }  // namespace avx2
 }  // namespace furiosa
 

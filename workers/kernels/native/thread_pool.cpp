@@ -1,7 +1,6 @@
 #include "thread_pool.h"
 
 #include <pthread.h>
-#include <sched.h>
 #include <signal.h>
 
 #include <utility>
@@ -17,7 +16,16 @@ namespace {
 // About 100 microseconds: longer than the gap between two jobs of a step, shorter than anyone
 // would notice as load. Waking a sleeping thread costs about as much.
 constexpr int kMaxSpins = 4000;
-constexpr uint32_t kClosed = 0xffffffffu;  // a "next item" past the end of any job
+
+// A range's word: 24 bits of the generation, 20 of the end, 20 of the next item.
+constexpr int kItemBits = 20;
+constexpr uint32_t kItemMask = (1u << kItemBits) - 1;
+uint64_t word_of(uint32_t generation, uint32_t next, uint32_t end) {
+  return uint64_t{generation} << (2 * kItemBits) | uint64_t{end} << kItemBits | next;
+}
+uint32_t generation_in(uint64_t word) { return static_cast<uint32_t>(word >> (2 * kItemBits)); }
+// Generations are counted in 24 bits; parity survives their wrapping.
+uint32_t following(uint32_t generation) { return (generation + 1) & 0xffffffu; }
 
 void relax() {
 #if defined(__x86_64__)
@@ -27,34 +35,25 @@ void relax() {
 #endif
 }
 
-uint64_t ticket_of(uint32_t generation, uint32_t next) { return uint64_t{generation} << 32 | next; }
-uint32_t generation_of(uint64_t ticket) { return static_cast<uint32_t>(ticket >> 32); }
-
-// Binding is an optimisation: where a container forbids it, threads run wherever they may.
-void bind_this_thread(const std::vector<int>& cpus) {
-  if (cpus.empty()) return;
+cpu_set_t set_of(const std::vector<int>& cpus) {
   cpu_set_t set;
   CPU_ZERO(&set);
   for (const int cpu : cpus) {
     if (cpu >= 0 && cpu < CPU_SETSIZE) CPU_SET(cpu, &set);
   }
-  pthread_setaffinity_np(pthread_self(), sizeof set, &set);
+  return set;
 }
 
-std::vector<int> cpus_of_this_thread() {
-  cpu_set_t set;
-  std::vector<int> cpus;
-  if (pthread_getaffinity_np(pthread_self(), sizeof set, &set) != 0) return cpus;
-  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
-    if (CPU_ISSET(cpu, &set)) cpus.push_back(cpu);
-  }
-  return cpus;
+// Binding is an optimisation: where a container forbids it, threads run wherever they may.
+void bind_this_thread(const cpu_set_t& set) {
+  pthread_setaffinity_np(pthread_self(), sizeof set, &set);
 }
 
 }  // namespace
 
 ThreadPool::ThreadPool(std::vector<std::vector<int>> cpus)
-    : cpus_(std::move(cpus)), ticket_(ticket_of(1, kClosed)) {
+    : cpus_(std::move(cpus)), ranges_(cpus_.size()) {
+  post(1, 0);
   // Signals belong to the caller's own threads (Python's main thread, in particular).
   sigset_t all, before;
   sigfillset(&all);
@@ -81,13 +80,16 @@ void ThreadPool::stop() {
   threads_.clear();
 }
 
-bool ThreadPool::take(uint32_t generation, int count, int* item) {
-  uint64_t ticket = ticket_.load(std::memory_order_acquire);
-  while (generation_of(ticket) == generation) {
-    const uint32_t next = static_cast<uint32_t>(ticket);
-    if (next >= static_cast<uint32_t>(count)) return false;
-    if (ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) {
-      *item = static_cast<int>(next);
+// An item of the range: the next for its own PE, the last for others.
+bool ThreadPool::take(Range& range, uint32_t generation, bool is_own, int* item) {
+  uint64_t word = range.word.load(std::memory_order_acquire);
+  while (generation_in(word) == generation) {
+    const uint32_t next = word & kItemMask, end = word >> kItemBits & kItemMask;
+    if (next >= end) return false;
+    const uint64_t left =
+        is_own ? word_of(generation, next + 1, end) : word_of(generation, next, end - 1);
+    if (range.word.compare_exchange_weak(word, left, std::memory_order_acq_rel)) {
+      *item = static_cast<int>(is_own ? next : end - 1);
       return true;
     }
   }
@@ -98,9 +100,13 @@ void ThreadPool::run_items(uint32_t generation, int pe) {
   // These may already be the next job's; then `take` fails, because that job closed this one first.
   const void* context = context_.load(std::memory_order_acquire);
   const Trampoline trampoline = trampoline_.load(std::memory_order_acquire);
-  const int count = count_.load(std::memory_order_acquire);
-  int item;
-  while (take(generation, count, &item)) {
+  for (int i = 0; i < size();) {
+    int item;
+    Range& range = ranges_[static_cast<size_t>((pe + i) % size())];
+    if (!take(range, generation, i == 0, &item)) {
+      ++i;
+      continue;
+    }
     trampoline(context, item, pe);
     // One more than the items: the last of them is followed by finish().
     if (num_unfinished_.fetch_sub(1) != 2) continue;
@@ -113,13 +119,22 @@ void ThreadPool::run_items(uint32_t generation, int pe) {
   }
 }
 
+// Opens or closes all ranges, then tells the PEs.
+void ThreadPool::post(uint32_t generation, int count) {
+  for (int pe = 0; pe < size(); ++pe) {
+    const auto bound = [&](int64_t index) { return static_cast<uint32_t>(index * count / size()); };
+    ranges_[static_cast<size_t>(pe)].word.store(word_of(generation, bound(pe), bound(pe + 1)),
+                                                std::memory_order_release);
+  }
+  generation_.store(generation);
+}
+
 void ThreadPool::run_job(int count, const void* context, Trampoline trampoline) {
-  const uint32_t generation = generation_of(ticket_.load(std::memory_order_relaxed)) + 1;
+  const uint32_t generation = following(generation_.load(std::memory_order_relaxed));
   context_.store(context, std::memory_order_release);
   trampoline_.store(trampoline, std::memory_order_release);
-  count_.store(count, std::memory_order_release);
   num_unfinished_.store(count + 1, std::memory_order_release);
-  ticket_.store(ticket_of(generation, 0));
+  post(generation, count);
   if (num_asleep_.load() > 0) {
     const std::lock_guard<std::mutex> lock(mutex_);
     job_posted_.notify_all();
@@ -136,14 +151,15 @@ void ThreadPool::run_job(int count, const void* context, Trampoline trampoline) 
     job_done_.wait(lock, [this] { return num_unfinished_.load() == 0; });
     is_caller_asleep_.store(false);
   }
-  ticket_.store(ticket_of(generation + 1, kClosed));
+  post(following(generation), 0);
 }
 
 void ThreadPool::serve(int pe) {
-  bind_this_thread(cpus_[static_cast<size_t>(pe)]);
+  const std::vector<int>& cpus = cpus_[static_cast<size_t>(pe)];
+  if (!cpus.empty()) bind_this_thread(set_of(cpus));
   uint32_t served = 0;
   const auto is_called = [this, &served] {
-    const uint32_t generation = generation_of(ticket_.load());
+    const uint32_t generation = generation_.load();
     return is_stopping_.load() || (generation % 2 == 0 && generation != served);
   };
   for (;;) {
@@ -155,7 +171,7 @@ void ThreadPool::serve(int pe) {
       num_asleep_.fetch_sub(1);
     }
     if (is_stopping_.load()) return;
-    const uint32_t generation = generation_of(ticket_.load());
+    const uint32_t generation = generation_.load();
     if (generation % 2 != 0) continue;
     run_items(generation, pe);
     served = generation;
@@ -165,9 +181,10 @@ void ThreadPool::serve(int pe) {
 ThreadPool::CallerBinding::CallerBinding(const ThreadPool& pool) {
   const std::vector<int>& cpus = pool.cpus_[0];
   if (cpus.empty()) return;
-  previous_ = cpus_of_this_thread();
-  is_bound_ = !previous_.empty() && previous_ != cpus;
-  if (is_bound_) bind_this_thread(cpus);
+  if (pthread_getaffinity_np(pthread_self(), sizeof previous_, &previous_) != 0) return;
+  const cpu_set_t wanted = set_of(cpus);
+  is_bound_ = !CPU_EQUAL(&previous_, &wanted);
+  if (is_bound_) bind_this_thread(wanted);
 }
 
 ThreadPool::CallerBinding::~CallerBinding() {

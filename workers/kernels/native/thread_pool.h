@@ -1,13 +1,18 @@
 // One thread per PE, running numbered items of one job at a time.
 //
-// A job is `count` calls body(item, pe). Every PE takes the next item from a shared counter, so a
-// PE that is held up (its core is shared, say) costs its share of the work, not the step. The
-// calling thread is PE 0 and waits for finished items, not for threads: a PE that is late finds
-// the job gone. A PE without a job spins briefly, then sleeps; an idle pool costs no CPU.
+// A job is `count` calls body(item, pe). Every PE has a range of neighbouring items and takes them in
+// order, so that it goes through memory in order too; a PE that has none left takes the last item
+// of another's range, so that one that is held up (its core is shared, say) costs its share of the
+// work, not the step. The calling thread is PE 0 and waits for finished items, not for threads: a PE
+// that is late finds the job gone. A PE without a job spins briefly, then sleeps; an idle pool costs
+// no CPU.
 //
-// The ticket, generation << 32 | next item, is what makes late PEs safe: an item is taken by
-// compare-and-swap on the generation whose fields the PE has read. An odd generation is closed.
+// A range is one 64-bit word, generation | end | next, and an item is taken by compare-and-swap on
+// it: that is what makes late PEs safe, since a word of another generation refuses them. An odd
+// generation is closed.
 #pragma once
+
+#include <sched.h>
 
 #include <atomic>
 #include <condition_variable>
@@ -37,7 +42,7 @@ class ThreadPool {
   // returns when all is done. Neither may throw. Not reentrant.
   template <class Body, class Finish = NoFinish>
   void run(int count, const Body& body, const Finish& finish = Finish()) {
-    if (count <= 1 || size() == 1) {
+    if (count <= 1 || size() == 1 || count > kMaxItems) {
       for (int item = 0; item < count; ++item) body(item, 0);
       finish();
       return;
@@ -60,17 +65,23 @@ class ThreadPool {
     ~CallerBinding();
 
    private:
-    std::vector<int> previous_;
+    cpu_set_t previous_;
     bool is_bound_ = false;
   };
 
  private:
   static constexpr int kFinish = -1;  // the item that stands for finish()
+  static constexpr int kMaxItems = (1 << 20) - 1;  // more than any step has; past it one PE does all
+
+  struct alignas(64) Range {
+    std::atomic<uint64_t> word{0};
+  };
 
   using Trampoline = void (*)(const void* context, int item, int pe);
 
   void run_job(int count, const void* context, Trampoline trampoline);
-  bool take(uint32_t generation, int count, int* item);
+  bool take(Range& range, uint32_t generation, bool is_own, int* item);
+  void post(uint32_t generation, int count);
   void run_items(uint32_t generation, int pe);
   void serve(int pe);
   void stop();
@@ -78,10 +89,10 @@ class ThreadPool {
   std::vector<std::vector<int>> cpus_;
   std::vector<std::thread> threads_;
 
-  alignas(64) std::atomic<uint64_t> ticket_;
+  std::vector<Range> ranges_;  // one per PE
+  alignas(64) std::atomic<uint32_t> generation_{1};
   std::atomic<const void*> context_{nullptr};
   std::atomic<Trampoline> trampoline_{nullptr};
-  std::atomic<int> count_{0};
   alignas(64) std::atomic<int> num_unfinished_{0};
   std::atomic<bool> is_caller_asleep_{false};
   alignas(64) std::atomic<int> num_asleep_{0};

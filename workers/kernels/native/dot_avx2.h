@@ -1,0 +1,113 @@
+// The innermost loops of the AVX2 family's integer products: one group of 32 inputs, 16 outputs and
+// 1 to 4 rows, in assembly.
+//
+// Such a loop is bound by the four vector pipes, and its register tile (8 sums, 2 weights, 1 input,
+// 1 or 2 constants, 2 products) fills all 16 registers. From intrinsics GCC 12 makes a tenth to a
+// fifth more instructions of it (copies of sums, spills), which costs as much time; written out, it
+// runs at 85-90 % of what the pipes allow. Sums are exact integers, so that order does not matter.
+//
+// A macro per row and one per quad (4 inputs of all rows) expand to a group. X: the address of a
+// row's inputs; D: the number of its sums. Weights of quad Q: outputs 0-7 at 64 Q, 8-15 at 64 Q + 32.
+// Included inside the family's namespace, after simd_avx2.h.
+
+#define DOT_ROWS_1(ROW, Q) ROW(Q, "(%[x])", "0")
+#define DOT_ROWS_2(ROW, Q) DOT_ROWS_1(ROW, Q) ROW(Q, "(%[x],%[stride])", "1")
+#define DOT_ROWS_3(ROW, Q) DOT_ROWS_2(ROW, Q) ROW(Q, "(%[x],%[stride],2)", "2")
+#define DOT_ROWS_4(ROW, Q) DOT_ROWS_3(ROW, Q) ROW(Q, "(%[x],%[stride3])", "3")
+
+#define DOT_SUMS_1 [low0] "+x"(dot[0][0]), [high0] "+x"(dot[0][1])
+#define DOT_SUMS_2 DOT_SUMS_1, [low1] "+x"(dot[1][0]), [high1] "+x"(dot[1][1])
+#define DOT_SUMS_3 DOT_SUMS_2, [low2] "+x"(dot[2][0]), [high2] "+x"(dot[2][1])
+#define DOT_SUMS_4 DOT_SUMS_3, [low3] "+x"(dot[3][0]), [high3] "+x"(dot[3][1])
+
+// Defines NAME<Rows>(dot, weights, x, stride): dot += what GROUP(Rows) says. CONSTANT and its name
+// are the one register that is only read.
+#define DEFINE_DOT_CASE(ROWS, GROUP, CONSTANT)                                                  \
+  if constexpr (Rows == ROWS) {                                                                 \
+    asm volatile(GROUP(DOT_ROWS_##ROWS)                                                         \
+                 : DOT_SUMS_##ROWS, [in] "=&x"(in), [t] "=&x"(t), [low] "=&x"(low),             \
+                   [high] "=&x"(high)                                                           \
+                 : [w] "r"(weights), [x] "r"(x), [stride] "r"(stride), [stride3] "r"(3 * stride), \
+                   [constant] "x"(CONSTANT)                                                     \
+                 : "memory");                                                                   \
+  }
+#define DEFINE_DOT(NAME, GROUP, CONSTANT)                                                       \
+  template <int Rows>                                                                           \
+  SIMD_INLINE void NAME(__m256i (&dot)[Rows][2], const uint8_t* weights, const int8_t* x,       \
+                        int64_t stride) {                                                       \
+    __m256i in, t, low, high;                                                                   \
+    DEFINE_DOT_CASE(1, GROUP, CONSTANT)                                                         \
+    DEFINE_DOT_CASE(2, GROUP, CONSTANT)                                                         \
+    DEFINE_DOT_CASE(3, GROUP, CONSTANT)                                                         \
+    DEFINE_DOT_CASE(4, GROUP, CONSTANT)                                                         \
+  }
+
+#define DOT_INPUT(OFFSET, X) "vpbroadcastd " OFFSET X ", %[in]\n\t"
+
+// Bytes times bytes as magnitude times signed input: |w| <= 128, so that a pair of products is at
+// most 2 * 128 * 127, which 16 bits hold; pairs are added in 32.
+#define DOT_PAIRS(D)                        \
+  "vpmaddubsw %[t], %[low], %[t]\n\t"       \
+  "vpmaddubsw %[in], %[high], %[in]\n\t"    \
+  "vpmaddwd %[constant], %[t], %[t]\n\t"    \
+  "vpmaddwd %[constant], %[in], %[in]\n\t"  \
+  "vpaddd %[t], %[low" D "], %[low" D "]\n\t" \
+  "vpaddd %[in], %[high" D "], %[high" D "]\n\t"
+
+// Signed weights as they are packed.
+#define DOT_INT8_ROW(Q, X, D)                \
+  DOT_INPUT(#Q "*4", X)                      \
+  "vpsignb " #Q "*64(%[w]), %[in], %[t]\n\t" \
+  "vpsignb " #Q "*64+32(%[w]), %[in], %[in]\n\t" DOT_PAIRS(D)
+#define DOT_INT8_QUAD(ROWS, Q)               \
+  "vpabsb " #Q "*64(%[w]), %[low]\n\t"       \
+  "vpabsb " #Q "*64+32(%[w]), %[high]\n\t" ROWS(DOT_INT8_ROW, Q)
+
+// Magnitudes, and 512 bytes further on the signs as masks. x ^ mask is x or -x - 1: the caller
+// starts from the sum of the magnitudes of negative weights. An xor runs on any of the four pipes,
+// vpsignb on two only.
+#define DOT_SPLIT_ROW(Q, X, D)                   \
+  DOT_INPUT(#Q "*4", X)                          \
+  "vpxor " #Q "*64+512(%[w]), %[in], %[t]\n\t"   \
+  "vpxor " #Q "*64+544(%[w]), %[in], %[in]\n\t" DOT_PAIRS(D)
+#define DOT_SPLIT_QUAD(ROWS, Q)                  \
+  "vmovdqa " #Q "*64(%[w]), %[low]\n\t"          \
+  "vmovdqa " #Q "*64+32(%[w]), %[high]\n\t" ROWS(DOT_SPLIT_ROW, Q)
+
+// Nibbles as bytes: at most 15, so that a lane's 16 products of a group are at most 15 * 127 * 16 =
+// 30480 and the whole group stays in 16 bits.
+#define DOT_NIBBLE_PRODUCTS(D)             \
+  "vpmaddubsw %[in], %[low], %[t]\n\t"     \
+  "vpmaddubsw %[in], %[high], %[in]\n\t"   \
+  "vpaddw %[t], %[low" D "], %[low" D "]\n\t" \
+  "vpaddw %[in], %[high" D "], %[high" D "]\n\t"
+#define DOT_NIBBLE_ROW(Q, X, D) DOT_INPUT(#Q "*4", X) DOT_NIBBLE_PRODUCTS(D)
+#define DOT_NIBBLE_QUAD(ROWS, Q)         \
+  "vmovdqa " #Q "*64(%[w]), %[low]\n\t"  \
+  "vmovdqa " #Q "*64+32(%[w]), %[high]\n\t" ROWS(DOT_NIBBLE_ROW, Q)
+
+// Nibbles as they are packed: quad Q in the low halves of its bytes, quad Q + 4 in the high ones.
+#define DOT_HIGH_NIBBLE_ROW(Q, X, D) DOT_INPUT(#Q "*4+16", X) DOT_NIBBLE_PRODUCTS(D)
+#define DOT_INT4_QUADS(ROWS, Q)                       \
+  "vpand " #Q "*64(%[w]), %[constant], %[low]\n\t"    \
+  "vpand " #Q "*64+32(%[w]), %[constant], %[high]\n\t" ROWS(DOT_NIBBLE_ROW, Q) \
+  "vmovdqa " #Q "*64(%[w]), %[low]\n\t"               \
+  "vmovdqa " #Q "*64+32(%[w]), %[high]\n\t"           \
+  "vpsrlw $4, %[low], %[low]\n\t"                     \
+  "vpsrlw $4, %[high], %[high]\n\t"                   \
+  "vpand %[constant], %[low], %[low]\n\t"             \
+  "vpand %[constant], %[high], %[high]\n\t" ROWS(DOT_HIGH_NIBBLE_ROW, Q)
+
+#define DOT_FOUR_QUADS(QUAD, ROWS) QUAD(ROWS, 0) QUAD(ROWS, 1) QUAD(ROWS, 2) QUAD(ROWS, 3)
+#define DOT_ALL_QUADS(QUAD, ROWS) \
+  DOT_FOUR_QUADS(QUAD, ROWS) QUAD(ROWS, 4) QUAD(ROWS, 5) QUAD(ROWS, 6) QUAD(ROWS, 7)
+
+#define DOT_INT8_GROUP(ROWS) DOT_ALL_QUADS(DOT_INT8_QUAD, ROWS)
+#define DOT_SPLIT_GROUP(ROWS) DOT_ALL_QUADS(DOT_SPLIT_QUAD, ROWS)
+#define DOT_NIBBLE_GROUP(ROWS) DOT_ALL_QUADS(DOT_NIBBLE_QUAD, ROWS)
+#define DOT_INT4_GROUP(ROWS) DOT_FOUR_QUADS(DOT_INT4_QUADS, ROWS)
+
+DEFINE_DOT(dot_int8, DOT_INT8_GROUP, _mm256_set1_epi16(1))
+DEFINE_DOT(dot_split_int8, DOT_SPLIT_GROUP, _mm256_set1_epi16(1))
+DEFINE_DOT(dot_int4, DOT_INT4_GROUP, _mm256_set1_epi8(15))
+DEFINE_DOT(dot_nibbles, DOT_NIBBLE_GROUP, _mm256_set1_epi8(15))

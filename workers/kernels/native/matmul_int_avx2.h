@@ -1,0 +1,322 @@
+// int8 and int4 products of the AVX2 family, in tiles of 1 to 4 rows by one panel (16 outputs).
+//
+// Few rows take the panel as it is packed. Many rows share one unpacking of it, a chunk of groups at
+// a time that stays in the first-level cache while all rows go past; between chunks a row's 16 sums
+// wait in memory. Either way an output's sum goes over the groups from left to right:
+//     acc = fma(dot, input scale * weight scale, acc), then fma(scaled sum, min, acc)
+// with `dot` exact, so that its bits depend neither on the number of rows nor on the chunks.
+// Included inside the family's namespace, after dot_avx2.h and matmul_avx2.h.
+
+// From so many rows on, unpacking a panel pays. Measured on Zen 3.
+constexpr int kManyInt8Rows = 28, kManyInt4Rows = 40;
+
+SIMD_INLINE F8 load_half(const uint16_t* halves) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves)));
+}
+
+// A group of a panel: its weights and what its dot products are scaled with.
+struct Group {
+  const uint8_t* weights;
+  F8 scales[2], mins[2];
+};
+
+// An unpacked group of int8.
+struct alignas(64) SplitGroup {
+  uint8_t magnitudes[512], signs[512];
+  int32_t negatives[kPanelRows];  // sum of the magnitudes of an output's negative weights
+  float scales[kPanelRows];
+};
+
+// An unpacked group of int4.
+struct alignas(64) NibbleGroup {
+  uint8_t quants[512];
+  float scales[kPanelRows], mins[kPanelRows];
+};
+
+// A type of weights as it is packed (Packed...) or unpacked (Split, Nibbles): how to start a row's
+// dot products, add a group to them, and what they are then. `index` is the group of the row.
+
+struct PackedInt8 {
+  static constexpr bool kHasMin = false;
+  const uint8_t* panel;
+  const uint16_t* scales;
+
+  PackedInt8(const Matrix& w, const uint8_t* panel)
+      : panel(panel),
+        scales(reinterpret_cast<const uint16_t*>(panel + w.cols * kPanelRows)) {}
+  SIMD_INLINE Group group(int g) const {
+    const uint16_t* first = scales + g * kPanelRows;
+    return {panel + g * 512, {load_half(first), load_half(first + 8)}, {}};
+  }
+  SIMD_INLINE void start(__m256i (&dot)[2], int, const Activations&, int64_t) const {
+    dot[0] = dot[1] = _mm256_setzero_si256();
+  }
+  template <int Rows>
+  SIMD_INLINE void add(__m256i (&dot)[Rows][2], const Group& group, const int8_t* x,
+                       int64_t stride) const {
+    dot_int8<Rows>(dot, group.weights, x, stride);
+  }
+  static SIMD_INLINE F8 value(__m256i dot) { return _mm256_cvtepi32_ps(dot); }
+};
+
+struct SplitInt8 {
+  static constexpr bool kHasMin = false;
+  const SplitGroup* groups;
+
+  SIMD_INLINE Group group(int g) const {
+    const SplitGroup& group = groups[g];
+    return {group.magnitudes, {load(group.scales), load(group.scales + 8)}, {}};
+  }
+  SIMD_INLINE void start(__m256i (&dot)[2], int g, const Activations&, int64_t) const {
+    const __m256i* negatives = reinterpret_cast<const __m256i*>(groups[g].negatives);
+    dot[0] = _mm256_load_si256(negatives), dot[1] = _mm256_load_si256(negatives + 1);
+  }
+  template <int Rows>
+  SIMD_INLINE void add(__m256i (&dot)[Rows][2], const Group& group, const int8_t* x,
+                       int64_t stride) const {
+    dot_split_int8<Rows>(dot, group.weights, x, stride);
+  }
+  static SIMD_INLINE F8 value(__m256i dot) { return _mm256_cvtepi32_ps(dot); }
+};
+
+// 16-bit sums. Without mins they start from what the nibbles' offset of 8 takes away.
+template <bool HasMin>
+SIMD_INLINE void start_nibbles(__m256i (&dot)[2], const Activations& x, int64_t index) {
+  dot[0] = dot[1] =
+      HasMin ? _mm256_setzero_si256() : _mm256_set1_epi32(x.nibble_offsets[index]);
+}
+SIMD_INLINE F8 value_of_nibbles(__m256i dot) {
+  return _mm256_cvtepi32_ps(_mm256_madd_epi16(dot, _mm256_set1_epi16(1)));
+}
+
+template <bool HasMin>
+struct PackedInt4 {
+  static constexpr bool kHasMin = HasMin;
+  const uint8_t* panel;
+  const uint16_t *scales, *mins;
+
+  PackedInt4(const Matrix& w, const uint8_t* panel)
+      : panel(panel),
+        scales(reinterpret_cast<const uint16_t*>(panel + w.cols * kPanelRows / 2)),
+        mins(scales + w.num_groups() * kPanelRows) {}
+  SIMD_INLINE Group group(int g) const {
+    const uint16_t *scale = scales + g * kPanelRows, *min = mins + g * kPanelRows;
+    Group group{panel + g * 256, {load_half(scale), load_half(scale + 8)}, {}};
+    if (HasMin) group.mins[0] = load_half(min), group.mins[1] = load_half(min + 8);
+    return group;
+  }
+  SIMD_INLINE void start(__m256i (&dot)[2], int, const Activations& x, int64_t index) const {
+    start_nibbles<HasMin>(dot, x, index);
+  }
+  template <int Rows>
+  SIMD_INLINE void add(__m256i (&dot)[Rows][2], const Group& group, const int8_t* x,
+                       int64_t stride) const {
+    dot_int4<Rows>(dot, group.weights, x, stride);
+  }
+  static SIMD_INLINE F8 value(__m256i dot) { return value_of_nibbles(dot); }
+};
+
+template <bool HasMin>
+struct Nibbles {
+  static constexpr bool kHasMin = HasMin;
+  const NibbleGroup* groups;
+
+  SIMD_INLINE Group group(int g) const {
+    const NibbleGroup& group = groups[g];
+    return {group.quants,
+            {load(group.scales), load(group.scales + 8)},
+            {load(group.mins), load(group.mins + 8)}};
+  }
+  SIMD_INLINE void start(__m256i (&dot)[2], int, const Activations& x, int64_t index) const {
+    start_nibbles<HasMin>(dot, x, index);
+  }
+  template <int Rows>
+  SIMD_INLINE void add(__m256i (&dot)[Rows][2], const Group& group, const int8_t* x,
+                       int64_t stride) const {
+    dot_nibbles<Rows>(dot, group.weights, x, stride);
+  }
+  static SIMD_INLINE F8 value(__m256i dot) { return value_of_nibbles(dot); }
+};
+
+// The next panel, fetched from memory a little with every group that is multiplied: the processor's
+// own prefetcher stops at every 4 KiB, and would begin with the panel itself.
+class Prefetch {
+ public:
+  // `num_groups` groups will be multiplied before `next` (null: none) is used.
+  Prefetch(const uint8_t* next, size_t nbytes, int64_t num_groups)
+      : place_(next),
+        end_(next + (next == nullptr ? 0 : nbytes)),
+        step_((static_cast<int64_t>(nbytes) / 64 + num_groups) / num_groups * 64) {}
+
+  SIMD_INLINE void advance() {
+    const uint8_t* until = place_ + step_;
+    for (; place_ < until && place_ < end_; place_ += 64) {
+      _mm_prefetch(reinterpret_cast<const char*>(place_), _MM_HINT_T0);
+    }
+  }
+
+ private:
+  const uint8_t *place_, *end_;
+  int64_t step_;
+};
+
+// Adds groups [0, count) of `weights`, which are the row's groups from `first_group` on, to the
+// sums of `Rows` rows (16 floats each).
+template <int Rows, class Weights>
+SIMD_INLINE void add_groups(float* sums, const Weights& weights, int count, int first_group,
+                            const Activations& x, int row, Prefetch& prefetch) {
+  const int64_t stride = x.cols, num_groups = x.cols / kGroupSize;
+  const int64_t first = row * num_groups + first_group;
+  const int8_t* quants = x.quants + row * stride + int64_t{first_group} * kGroupSize;
+  for (int g = 0; g < count; ++g, quants += kGroupSize) {
+    prefetch.advance();
+    const Group group = weights.group(g);
+    __m256i dot[Rows][2];
+    for (int m = 0; m < Rows; ++m) weights.start(dot[m], g, x, first + m * num_groups + g);
+    weights.template add<Rows>(dot, group, quants, stride);
+#pragma GCC unroll 4
+    for (int m = 0; m < Rows; ++m) {
+      const int64_t index = first + m * num_groups + g;
+      const F8 scale = splat(x.scales[index]);
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        float* sum = sums + m * kPanelRows + half * 8;
+        F8 acc = fma(Weights::value(dot[m][half]), mul(scale, group.scales[half]), load(sum));
+        if (Weights::kHasMin) acc = fma(splat(x.scaled_sums[index]), group.mins[half], acc);
+        store(sum, acc);
+      }
+    }
+  }
+}
+
+// The same for rows [row_begin, row_end); the sums of the first row come first.
+template <class Weights>
+SIMD_INLINE void add_groups(float* sums, const Weights& weights, int count, int first_group,
+                            const Activations& x, int row_begin, int row_end,
+                            Prefetch& prefetch) {
+  int row = row_begin;
+  for (; row + 4 <= row_end; row += 4, sums += 4 * kPanelRows) {
+    add_groups<4>(sums, weights, count, first_group, x, row, prefetch);
+  }
+  switch (row_end - row) {
+    case 3: add_groups<3>(sums, weights, count, first_group, x, row, prefetch); break;
+    case 2: add_groups<2>(sums, weights, count, first_group, x, row, prefetch); break;
+    case 1: add_groups<1>(sums, weights, count, first_group, x, row, prefetch); break;
+    default: break;
+  }
+}
+
+SIMD_INLINE void store_rows(const float* sums, const Matrix& w, int panel, int row_begin,
+                            int row_end, const Output& out) {
+  for (int row = row_begin; row < row_end; ++row, sums += kPanelRows) {
+    const Tile<1> acc = {{load(sums), load(sums + 8)}};
+    store_tile<1>(acc, w, panel, row, out);
+  }
+}
+
+// Of the panel after this one, whoever will multiply it.
+SIMD_INLINE Prefetch next_panel(const Matrix& w, int panel, int num_rows) {
+  return Prefetch(panel + 1 < w.num_panels ? w.panel(panel + 1) : nullptr, w.panel_stride,
+                  int64_t{(num_rows + 3) / 4} * w.num_groups());
+}
+
+// Few rows, whose sums are on the stack.
+constexpr int kFewRows = 40;
+static_assert(kManyInt8Rows <= kFewRows && kManyInt4Rows <= kFewRows, "they have to fit");
+template <class Weights>
+SIMD_INLINE void multiply_packed(const Matrix& w, int panel, const Activations& x, int row_begin,
+                                 int row_end, const Output& out) {
+  alignas(32) float sums[kFewRows * kPanelRows];
+  std::memset(sums, 0, static_cast<size_t>(row_end - row_begin) * kPanelRows * sizeof(float));
+  Prefetch prefetch = next_panel(w, panel, row_end - row_begin);
+  add_groups(sums, Weights(w, w.panel(panel)), w.num_groups(), 0, x, row_begin, row_end, prefetch);
+  store_rows(sums, w, panel, row_begin, row_end, out);
+}
+
+// Many rows. `unpack(chunk, g)` unpacks group g into the chunk's next place.
+template <class Weights, class Unpacked, class Unpack>
+SIMD_INLINE void multiply_unpacked(const Matrix& w, int panel, const Activations& x,
+                                   int row_begin, int row_end, const Output& out, void* scratch,
+                                   const Unpack& unpack) {
+  // With the inputs of four rows, about what the first-level cache holds.
+  constexpr int kChunk = 24 * 1024 / static_cast<int>(sizeof(Unpacked));
+  float* sums = static_cast<float*>(scratch);
+  Unpacked* chunk = reinterpret_cast<Unpacked*>(sums + kMaxMatmulRows * kPanelRows);
+  Prefetch prefetch = next_panel(w, panel, row_end - row_begin);
+  std::memset(sums, 0, static_cast<size_t>(row_end - row_begin) * kPanelRows * sizeof(float));
+  for (int first = 0; first < w.num_groups(); first += kChunk) {
+    const int count = w.num_groups() - first < kChunk ? w.num_groups() - first : kChunk;
+    for (int g = 0; g < count; ++g) unpack(chunk[g], first + g);
+    add_groups(sums, Weights{chunk}, count, first, x, row_begin, row_end, prefetch);
+  }
+  store_rows(sums, w, panel, row_begin, row_end, out);
+}
+
+SIMD_INLINE void unpack_int8(SplitGroup& to, const Group& from) {
+  const __m256i zero = _mm256_setzero_si256(), ones = _mm256_set1_epi8(1);
+  __m256i negatives[2] = {zero, zero};  // in 16 bits: at most 16 * 128 a lane
+  for (int i = 0; i < 16; ++i) {
+    const __m256i weights = load_bytes(from.weights + i * 32);
+    const __m256i magnitudes = _mm256_abs_epi8(weights);
+    const __m256i signs = _mm256_cmpgt_epi8(zero, weights);
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_and_si256(magnitudes, signs), ones);
+    negatives[i % 2] = _mm256_add_epi16(negatives[i % 2], pairs);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(to.magnitudes + i * 32), magnitudes);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(to.signs + i * 32), signs);
+  }
+  for (int half = 0; half < 2; ++half) {
+    const __m256i sums = _mm256_madd_epi16(negatives[half], _mm256_set1_epi16(1));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(to.negatives + 8 * half), sums);
+    store(to.scales + 8 * half, from.scales[half]);
+  }
+}
+
+SIMD_INLINE void unpack_int4(NibbleGroup& to, const Group& from) {
+  const __m256i nibble = _mm256_set1_epi8(15);
+  for (int i = 0; i < 8; ++i) {
+    const __m256i bytes = load_bytes(from.weights + i * 32);
+    const __m256i high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
+    __m256i* quants = reinterpret_cast<__m256i*>(to.quants + i * 32);
+    _mm256_store_si256(quants, _mm256_and_si256(bytes, nibble));
+    _mm256_store_si256(quants + 8, high);
+  }
+  for (int half = 0; half < 2; ++half) {
+    store(to.scales + 8 * half, from.scales[half]);
+    store(to.mins + 8 * half, from.mins[half]);
+  }
+}
+
+void matmul_int8(const Matrix& w, int panel_begin, int panel_end, const Activations& x,
+                 int row_begin, int row_end, const Output& out, void* scratch) {
+  for (int panel = panel_begin; panel < panel_end; ++panel) {
+    if (row_end - row_begin < kManyInt8Rows) {
+      multiply_packed<PackedInt8>(w, panel, x, row_begin, row_end, out);
+      continue;
+    }
+    const PackedInt8 packed(w, w.panel(panel));
+    multiply_unpacked<SplitInt8, SplitGroup>(
+        w, panel, x, row_begin, row_end, out, scratch,
+        [&](SplitGroup& to, int g) { unpack_int8(to, packed.group(g)); });
+  }
+}
+
+template <bool HasMin>
+void matmul_int4(const Matrix& w, int panel_begin, int panel_end, const Activations& x,
+                 int row_begin, int row_end, const Output& out, void* scratch) {
+  for (int panel = panel_begin; panel < panel_end; ++panel) {
+    if (row_end - row_begin < kManyInt4Rows) {
+      multiply_packed<PackedInt4<HasMin>>(w, panel, x, row_begin, row_end, out);
+      continue;
+    }
+    const PackedInt4<HasMin> packed(w, w.panel(panel));
+    multiply_unpacked<Nibbles<HasMin>, NibbleGroup>(
+        w, panel, x, row_begin, row_end, out, scratch,
+        [&](NibbleGroup& to, int g) { unpack_int4(to, packed.group(g)); });
+  }
+}
+
+void matmul_int4(const Matrix& w, int panel_begin, int panel_end, const Activations& x,
+                 int row_begin, int row_end, const Output& out, void* scratch) {
+  const MatmulKernel kernel = w.has_min ? matmul_int4<true> : matmul_int4<false>;
+  kernel(w, panel_begin, panel_end, x, row_begin, row_end, out, scratch);
+}
