@@ -130,7 +130,7 @@ class ArtifactWriter:
             self._weights.write(weights_header(manifest.artifact_id))
             self._weights.flush()
             os.fsync(self._weights.fileno())
-            # What was written in pieces is cached in small pages; read again, it comes in huge ones.
+            # What was written in pieces is cached in small pages; read anew, it comes in huge ones.
             os.posix_fadvise(self._weights.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             with (self._directory / MANIFEST_NAME).open("xb") as file:
                 file.write(manifest.to_json())

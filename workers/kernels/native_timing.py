@@ -33,7 +33,9 @@ def time_matmul(
 ) -> float:
     """Of `num_rows` rows times one of the matrices, which are all of one shape and type."""
     structs = (FsTensor * len(tensors))(*(tensor_struct(tensor) for tensor in tensors))
-    return _timed(library().fs_time_matmul, isa, min_seconds, structs, len(tensors), num_rows, num_pes)
+    return _timed(
+        library().fs_time_matmul, isa, min_seconds, structs, len(tensors), num_rows, num_pes
+    )
 
 
 def time_attention(
@@ -68,15 +70,18 @@ def time_attention(
         num_pes=num_pes,
     )
     return _timed(
-        library().fs_time_attention, isa, min_seconds, ctypes.byref(config), num_sequences, num_tokens
+        library().fs_time_attention,
+        isa,
+        min_seconds,
+        ctypes.byref(config),
+        num_sequences,
+        num_tokens,
     )
 
 
 def _timed(function: Any, isa: str | None, min_seconds: float, *arguments: Any) -> float:
     seconds, message = ctypes.c_double(), FsMessage()
     name = resolve_isa(isa).encode()
-    status = function(
-        name, *arguments, min_seconds, ctypes.byref(seconds), ctypes.byref(message)
-    )
+    status = function(name, *arguments, min_seconds, ctypes.byref(seconds), ctypes.byref(message))
     check(status, message)
     return seconds.value

@@ -190,9 +190,7 @@ class _KVCache:
     int8 has a float32 scale for each head of a token: max|x| / 127, x / scale rounded half to even.
     """
 
-    def __init__(
-        self, config: ModelConfig, num_blocks: int, block_size: int, dtype: str
-    ) -> None:
+    def __init__(self, config: ModelConfig, num_blocks: int, block_size: int, dtype: str) -> None:
         self._num_blocks, self._block_size = num_blocks, block_size
         shape = (config.num_layers, 2, num_blocks, config.num_kv_heads, block_size, config.head_dim)
         stored = {"fp32": np.float32, "bf16": np.uint16, "int8": np.int8}[dtype]
@@ -230,7 +228,9 @@ class _KVCache:
         padded_len = -(-context // PIECE_LEN) * PIECE_LEN
         found = []
         for part in range(2):
-            stored = self._blocks[layer, part, block_ids]  # (blocks, kv_heads, block_size, head_dim)
+            stored = self._blocks[
+                layer, part, block_ids
+            ]  # (blocks, kv_heads, block_size, head_dim)
             blocks = from_bf16(stored) if stored.dtype == np.uint16 else stored.astype(np.float32)
             if stored.dtype == np.int8:
                 blocks *= self._scales[layer, part, block_ids]

@@ -1,14 +1,12 @@
 #include "api.h"
 
 #include <algorithm>
-#include <cstdio>
-#include <exception>
-#include <new>
 #include <vector>
 
 #include "batch.h"
 #include "engine.h"
 #include "failure.h"
+#include "guarded.h"
 #include "mapped_memory.h"
 
 using namespace furiosa;
@@ -16,29 +14,6 @@ using namespace furiosa;
 struct FsEngine {
   Engine engine;
 };
-
-namespace {
-
-// Runs `body`; whatever it throws becomes a status and a message.
-template <class Body>
-int32_t guarded(FsMessage* message, const Body& body) {
-  const auto report = [message](FsStatus status, const char* text) {
-    std::snprintf(message->text, sizeof message->text, "%s", text);
-    return status;
-  };
-  try {
-    body();
-    return kOk;
-  } catch (const Failure& failure) {
-    return report(failure.status, failure.message.c_str());
-  } catch (const std::bad_alloc&) {
-    return report(kOutOfMemory, "out of memory");
-  } catch (const std::exception& error) {
-    return report(kInternal, error.what());
-  }
-}
-
-}  // namespace
 
 int32_t fs_abi_version() { return kAbiVersion; }
 

@@ -126,3 +126,15 @@ FS_API int32_t fs_matmul(const char* isa, const FsTensor* weights, const float* 
 // Samples from `logits` (num_samples, vocab_size), which it may overwrite.
 FS_API int32_t fs_sample(const char* isa, const FsBatch* batch, int32_t vocab_size, float* logits,
                          FsResult* result, FsMessage* message);
+
+// For benchmarks: seconds of one call, the best of several, on `num_pes` threads.
+// The products of `num_rows` rows with each of `weights` (num_weights, all of one shape) in turn.
+FS_API int32_t fs_time_matmul(const char* isa, const FsTensor* weights, int32_t num_weights,
+                              int32_t num_rows, int32_t num_pes, double min_seconds,
+                              double* seconds, FsMessage* message);
+// One layer's attention: the last `num_tokens` of each of `num_sequences` sequences, which share
+// `config`'s blocks evenly and fill them. Of `config` it reads heads, layers, blocks, kv_dtype and
+// num_pes; layers are used in turn.
+FS_API int32_t fs_time_attention(const char* isa, const FsEngineConfig* config,
+                                 int32_t num_sequences, int32_t num_tokens, double min_seconds,
+                                 double* seconds, FsMessage* message);

@@ -215,22 +215,32 @@ SIMD_INLINE void divide(float* out, const float* acc, float total, int head_dim)
   for (int d = 0; d < head_dim; d += 8) store(out + d, div(load(acc + d), splat(total)));
 }
 
+// Where the keys and values at [base + begin, base + end) are.
 template <class Kv>
-SIMD_INLINE Piece<Kv> piece_of(const AttentionTask& task, int base, int begin, int end) {
-  Piece<Kv> piece;
-  piece.begin = begin, piece.end = end;
-  for (int key = begin; key < end; ++key) {
-    const int position = base + key, offset = position % task.block_size;
-    const int64_t block = task.block_ids[position / task.block_size];
-    const int64_t first = block * task.block_stride + int64_t{offset} * task.head_dim;
-    piece.rows[0][key] = static_cast<const Kv*>(task.keys) + first;
-    piece.rows[1][key] = static_cast<const Kv*>(task.values) + first;
-    if (sizeof(Kv) == 1) {
-      piece.scales[0][key] = task.key_scales[block * task.scale_stride + offset];
-      piece.scales[1][key] = task.value_scales[block * task.scale_stride + offset];
+SIMD_INLINE void find_piece(const AttentionTask& task, int base, int begin, int end,
+                            Piece<Kv>* piece) {
+  piece->begin = begin, piece->end = end;
+  const int head_dim = task.head_dim, block_size = task.block_size;
+  // Block by block: a division for every key would take as long as its products.
+  int offset = (base + begin) % block_size;
+  const int32_t* block_id = task.block_ids + (base + begin) / block_size;
+  for (int key = begin; key < end; offset = 0, ++block_id) {
+    const int count = block_size - offset < end - key ? block_size - offset : end - key;
+    const int64_t first = *block_id * task.block_stride + int64_t{offset} * head_dim;
+    const Kv* k = static_cast<const Kv*>(task.keys) + first;
+    const Kv* v = static_cast<const Kv*>(task.values) + first;
+    for (int i = 0; i < count; ++i) {
+      piece->rows[0][key + i] = k + i * head_dim;
+      piece->rows[1][key + i] = v + i * head_dim;
     }
+    if (sizeof(Kv) == 1) {
+      const int64_t scale = *block_id * task.scale_stride + offset;
+      const size_t nbytes = static_cast<size_t>(count) * sizeof(float);
+      std::memcpy(piece->scales[0] + key, task.key_scales + scale, nbytes);
+      std::memcpy(piece->scales[1] + key, task.value_scales + scale, nbytes);
+    }
+    key += count;
   }
-  return piece;
 }
 
 // The same piece as fp32, which is exact, in `room` (2 * kPieceSize * head_dim).
@@ -289,27 +299,27 @@ void attend(const AttentionTask& task) {
       state.largest[query] = -INFINITY;
       state.totals[query] = 0.0f;
     }
-    const auto piece_at = [&](int base) {
-      return piece_of<Kv>(task, base, task_begin > base ? task_begin - base : 0,
-                          task_end - base < kPieceSize ? task_end - base : kPieceSize);
+    const auto piece_at = [&](int base, Piece<Kv>* piece) {
+      find_piece(task, base, task_begin > base ? task_begin - base : 0,
+                 task_end - base < kPieceSize ? task_end - base : kPieceSize, piece);
     };
     const int partition_begin = partition * kPartitionSize;
     const int first = (task_begin > partition_begin ? task_begin : partition_begin) /
                       kPieceSize * kPieceSize;
     const int end = partition_begin + kPartitionSize < task_end
                         ? partition_begin + kPartitionSize : task_end;
-    Piece<Kv> next = piece_at(first);
-    for (int base = first; base < end; base += kPieceSize) {
+    Piece<Kv> pieces[2];  // the current one and the next
+    piece_at(first, &pieces[0]);
+    for (int base = first, turn = 0; base < end; base += kPieceSize, turn ^= 1) {
       const auto visible = [&](int query, int* from, int* to) {
         const int position = task.first_position + query / heads;
         *from = first_seen(position) - base, *to = position + 1 - base;
       };
-      const Piece<Kv> piece = next;
-      const bool has_next = base + kPieceSize < end;
-      if (has_next) next = piece_at(base + kPieceSize);
+      const Piece<Kv>& piece = pieces[turn];
+      Piece<Kv>* next = base + kPieceSize < end ? &pieces[turn ^ 1] : nullptr;
+      if (next != nullptr) piece_at(base + kPieceSize, next);
       if (sizeof(Kv) == 4 || num_queries <= kFewQueries) {
-        attend_piece(state, num_queries, head_dim, piece, has_next ? &next : nullptr, kHasScales,
-                     visible);
+        attend_piece(state, num_queries, head_dim, piece, next, kHasScales, visible);
       } else {
         const Piece<float> wide = widened(piece, head_dim, room);
         attend_piece<float>(state, num_queries, head_dim, wide, nullptr, kHasScales, visible);

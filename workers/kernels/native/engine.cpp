@@ -6,6 +6,7 @@
 
 #include "batch.h"
 #include "failure.h"
+#include "matmul_cut.h"
 
 namespace furiosa {
 
@@ -13,9 +14,6 @@ namespace {
 
 // LM head and sampling run on this many rows at a time, which bounds the memory for logits.
 constexpr int kLogitsRows = 64;
-// Items per PE in a job that is cut evenly: enough for a held-up PE's share to move elsewhere, and
-// for all to end at nearly the same time.
-constexpr int kItemsPerPe = 24;
 // Columns of gate and up that are multiplied, combined and quantised in one go.
 constexpr int kStretch = 128;
 // Up to so many rows, their norms take less time than a job of their own would cost.
@@ -347,26 +345,17 @@ void Engine::attend_part(const FsBatch& batch, int layer, const QueryRun& run, i
                          int kv_head, int pe) {
   const int heads_per_kv = config_.num_heads / config_.num_kv_heads;
   const int head_dim = config_.head_dim, first_head = kv_head * heads_per_kv;
-  AttentionTask task;
+  AttentionTask task = cache_.task(layer, kv_head);
   task.q = buffers_.wide + int64_t{run.first_token} * qkv_size_ + first_head * head_dim;
   task.q_stride = qkv_size_;
   task.out = buffers_.input.values + int64_t{run.first_token} * q_size_ + first_head * head_dim;
   task.out_stride = q_size_;
   task.num_tokens = run.num_tokens;
   task.heads_per_kv = heads_per_kv;
-  task.head_dim = head_dim;
   task.first_position = buffers_.positions[run.first_token];
   task.sliding_window = config_.sliding_window;
   task.scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
-  task.keys = cache_.keys(layer, kv_head);
-  task.values = cache_.values(layer, kv_head);
-  task.key_scales = cache_.key_scales(layer, kv_head);
-  task.value_scales = cache_.value_scales(layer, kv_head);
-  task.kv_dtype = cache_.dtype;
   task.block_ids = batch.block_ids + batch.block_offsets[run.row];
-  task.block_size = cache_.block_size;
-  task.block_stride = cache_.block_stride;
-  task.scale_stride = cache_.scale_stride;
   task.partition_begin = run.first_partition + part;
   task.partition_end = task.partition_begin + 1;
   task.partials = nullptr;
@@ -453,23 +442,17 @@ void Engine::gate_up(int num_rows, const LayerWeights& weights) {
   });
 }
 
-// An item is some panels times a block of rows. Neighbouring items share panels, not rows, so that
-// a panel comes from memory once.
 template <class Finish>
 void Engine::run_matmul(const Matrix& w, const Activations& x, int num_rows, const Output& out,
                         const Finish& finish) {
   const MatmulKernel kernel = kernels_.matmul[w.dtype];
-  const int num_blocks = ceil_div(num_rows, kMaxMatmulRows);
-  const int num_items = std::max(1, pool_.size() * kItemsPerPe / num_blocks);
-  const int panels_per_item = ceil_div(w.num_panels, num_items);
+  const MatmulCut cut(w, num_rows, pool_.size());
   const auto body = [&](int item, int pe) {
-    const int first_panel = item / num_blocks * panels_per_item;
-    const int first_row = item % num_blocks * kMaxMatmulRows;
-    kernel(w, first_panel, std::min(first_panel + panels_per_item, w.num_panels), x, first_row,
-           std::min(first_row + kMaxMatmulRows, num_rows), out,
+    const MatmulCut::Part part = cut.part(item);
+    kernel(w, part.panel_begin, part.panel_end, x, part.row_begin, part.row_end, out,
            scratch_[static_cast<size_t>(pe)].matmul);
   };
-  pool_.run(ceil_div(w.num_panels, panels_per_item) * num_blocks, body, finish);
+  pool_.run(cut.num_items, body, finish);
 }
 
 void Engine::matmul(const Matrix& w, const Activations& x, int num_rows, const Output& out) {

@@ -39,6 +39,20 @@ class KvCache {
     return scales(value_scales_, layer, kv_head);
   }
 
+  // An attention task with the fields that say where this layer's head is; the rest is not set.
+  AttentionTask task(int layer, int kv_head) const {
+    AttentionTask task;
+    task.head_dim = head_dim_;
+    task.keys = keys(layer, kv_head);
+    task.values = values(layer, kv_head);
+    task.key_scales = key_scales(layer, kv_head);
+    task.value_scales = value_scales(layer, kv_head);
+    task.kv_dtype = dtype;
+    task.block_size = block_size;
+    task.block_stride = block_stride;
+    task.scale_stride = scale_stride;
+    return task;
+  }
   // Asks for a block's keys, which are about to be read.
   void fetch_keys(int layer, int kv_head, int block) const {
     const uint8_t* bytes = keys(layer, kv_head) + block * block_stride * value_nbytes_;

@@ -1,0 +1,42 @@
+// How a matrix product is cut into items for the PEs: some panels times a block of rows each.
+//
+// Neighbouring items share panels, not rows, so that a panel comes from memory once.
+#pragma once
+
+#include <algorithm>
+
+#include "kernel_table.h"
+#include "matrix.h"
+
+namespace furiosa {
+
+// Items per PE in a job that is cut evenly: enough for a held-up PE's share to move elsewhere, and
+// for all to end at nearly the same time.
+constexpr int kItemsPerPe = 24;
+
+struct MatmulCut {
+  struct Part {
+    int panel_begin, panel_end, row_begin, row_end;
+  };
+
+  MatmulCut(const Matrix& w, int num_rows, int num_pes)
+      : num_rows(num_rows),
+        num_panels(w.num_panels),
+        num_row_blocks((num_rows + kMaxMatmulRows - 1) / kMaxMatmulRows) {
+    const int num_stretches = std::max(1, num_pes * kItemsPerPe / num_row_blocks);
+    panels_per_item = (num_panels + num_stretches - 1) / num_stretches;
+    num_items = (num_panels + panels_per_item - 1) / panels_per_item * num_row_blocks;
+  }
+
+  Part part(int item) const {
+    const int panel = item / num_row_blocks * panels_per_item;
+    const int row = item % num_row_blocks * kMaxMatmulRows;
+    return {panel, std::min(panel + panels_per_item, num_panels), row,
+            std::min(row + kMaxMatmulRows, num_rows)};
+  }
+
+  int num_rows, num_panels, num_row_blocks;
+  int panels_per_item, num_items;
+};
+
+}  // namespace furiosa
