@@ -7,7 +7,7 @@
 // runs at 85-90 % of what the pipes allow. Sums are exact integers, so that order does not matter.
 //
 // A macro per row and one per quad (4 inputs of all rows) expand to a group. X: the address of a
-// row's inputs; D: the number of its sums. Weights of quad Q: outputs 0-7 at 64 Q, 8-15 at 64 Q + 32.
+// row's inputs; D: the number of its sums. Weights of quad Q: outputs 0-7 at 64 Q, 8-15 32 further.
 // Included inside the family's namespace, after simd_avx2.h.
 
 #define DOT_ROWS_1(ROW, Q) ROW(Q, "(%[x])", "0")

@@ -6,7 +6,6 @@
 
 #include "batch.h"
 #include "failure.h"
-#include "matmul_cut.h"
 
 namespace furiosa {
 
@@ -18,10 +17,6 @@ constexpr int kLogitsRows = 64;
 constexpr int kStretch = 128;
 // Up to so many rows, their norms take less time than a job of their own would cost.
 constexpr int kFewRows = 4;
-// States of one query that shared-out contexts may have: 2^18 positions of 64 query heads.
-constexpr int64_t kMaxSharedStates = 65536;
-// Contexts are shared out when a step's attention would otherwise have fewer tasks than this a PE.
-constexpr int kMinTasksPerPe = 4;
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
@@ -138,15 +133,6 @@ void Engine::step(const FsBatch& batch, const FsResult* result, float* logits) {
   }
 }
 
-template <class Body>
-void Engine::for_rows(int num_rows, const Body& body) {
-  const int rows_per_item = ceil_div(num_rows, pool_.size() * kItemsPerPe);
-  pool_.run(ceil_div(num_rows, rows_per_item), [&](int item, int pe) {
-    const int end = std::min((item + 1) * rows_per_item, num_rows);
-    for (int row = item * rows_per_item; row < end; ++row) body(row, pe);
-  });
-}
-
 void Engine::forward(const FsBatch& batch) {
   if (batch.num_tokens == 0) return;
   locate_tokens(batch);
@@ -180,45 +166,6 @@ void Engine::locate_tokens(const FsBatch& batch) {
       buffers_.sin[int64_t{token} * half + i] = static_cast<float>(std::sin(angle));
     }
   });
-}
-
-void Engine::plan_attention(const FsBatch& batch) {
-  const int heads_per_kv = config_.num_heads / config_.num_kv_heads;
-  const int max_run = std::max(1, kMaxQueries / heads_per_kv);
-  query_runs_.clear();
-  is_one_run_a_row_ = true;
-  for (int row = 0; row < batch.num_rows; ++row) {
-    const int end = batch.row_offsets[row + 1];
-    is_one_run_a_row_ = is_one_run_a_row_ && end - batch.row_offsets[row] <= max_run;
-    for (int token = batch.row_offsets[row]; token < end; token += max_run) {
-      query_runs_.push_back({row, token, std::min(max_run, end - token), 1, 0, 0, 0});
-    }
-  }
-  const int num_tasks = static_cast<int>(query_runs_.size()) * config_.num_kv_heads;
-  const bool is_short_of_tasks = pool_.size() > 1 && num_tasks < pool_.size() * kMinTasksPerPe;
-  int64_t num_states = 0;
-  num_tasks_ = 0;
-  for (QueryRun& run : query_runs_) {
-    if (is_short_of_tasks) share_out(run, &num_states);
-    run.first_task = num_tasks_;
-    num_tasks_ += run.num_parts * config_.num_kv_heads;
-  }
-  is_shared_out_ = num_states > 0;
-}
-
-// Makes a part of each partition that the run's context has.
-void Engine::share_out(QueryRun& run, int64_t* num_states) const {
-  const int position = buffers_.positions[run.first_token], window = config_.sliding_window;
-  const int begin = window > 0 && position >= window ? position - window + 1 : 0;
-  const int end = position + run.num_tokens;
-  const int first_partition = begin / kPartitionSize;
-  const int num_parts = (end + kPartitionSize - 1) / kPartitionSize - first_partition;
-  const int64_t states = int64_t{num_parts} * run.num_tokens * config_.num_heads;
-  if (num_parts == 1 || *num_states + states > kMaxSharedStates) return;
-  run.num_parts = num_parts;
-  run.first_partition = first_partition;
-  run.first_state = *num_states;
-  *num_states += states;
 }
 
 void Engine::embed(const FsBatch& batch) {
@@ -266,137 +213,6 @@ void Engine::norm_row(int row, int64_t token, const float* weight, const Matrix&
   kernels_.rms_norm(buffers_.input.values + int64_t{row} * width, buffers_.hidden + token * width,
                     weight, width, config_.rms_norm_eps);
   if (next.is_quantized()) kernels_.quantize(buffers_.input, row, 0, width);
-}
-
-// Norms (Qwen3) and rotates k of one head and q of its query heads, in place, and writes k and v to
-// the cache.
-void Engine::cache_tokens(int layer, int first_token, int num_tokens, int kv_head) {
-  const LayerWeights& weights = weights_.layers[static_cast<size_t>(layer)];
-  const int head_dim = config_.head_dim, heads_per_kv = config_.num_heads / config_.num_kv_heads;
-  for (int token = first_token; token < first_token + num_tokens; ++token) {
-    const int64_t angle = int64_t{token} * (head_dim / 2);
-    const auto finish = [&](float* head, const float* norm) {
-      if (norm != nullptr) kernels_.rms_norm(head, head, norm, head_dim, config_.rms_norm_eps);
-      kernels_.rotate(head, buffers_.cos + angle, buffers_.sin + angle, head_dim);
-    };
-    float* row = buffers_.wide + int64_t{token} * qkv_size_;
-    float* q = row + kv_head * heads_per_kv * head_dim;
-    float* k = row + q_size_ + kv_head * head_dim;
-    for (int head = 0; head < heads_per_kv; ++head) finish(q + head * head_dim, weights.q_norm);
-    finish(k, weights.k_norm);
-    cache_.put_key(layer, kv_head, buffers_.slots[token], k, kernels_);
-    cache_.put_value(layer, kv_head, buffers_.slots[token], k + kv_size_, kernels_);
-  }
-}
-
-// From q, k and v in `wide` to the attention's output in `input`, as the output projection wants
-// it. Where each row is one run, the PE that attends to it caches its keys first; where a run needs
-// the keys of another, or a context is shared out, caching is a job of its own.
-void Engine::attend(const FsBatch& batch, int layer) {
-  const Matrix& next = weights_.layers[static_cast<size_t>(layer)].o;
-  const int num_kv_heads = config_.num_kv_heads;
-  const bool is_cached_first = !is_one_run_a_row_ || is_shared_out_;
-  buffers_.input.cols = q_size_;
-  if (is_cached_first) {
-    for_rows(batch.num_tokens, [&](int token, int) {
-      for (int head = 0; head < num_kv_heads; ++head) cache_tokens(layer, token, 1, head);
-    });
-  }
-  pool_.run(num_tasks_, [&](int task, int pe) {
-    const auto after = std::upper_bound(
-        query_runs_.begin(), query_runs_.end(), task,
-        [](int value, const QueryRun& run) { return value < run.first_task; });
-    const QueryRun& run = *(after - 1);
-    const int kv_head = (task - run.first_task) % num_kv_heads;
-    const int part = (task - run.first_task) / num_kv_heads;
-    if (run.num_parts == 1) fetch_context(batch, layer, run, kv_head);
-    if (!is_cached_first) cache_tokens(layer, run.first_token, run.num_tokens, kv_head);
-    attend_part(batch, layer, run, part, kv_head, pe);
-    if (run.num_parts == 1) quantize_heads(run, kv_head, next);
-  });
-  if (is_shared_out_) merge_parts(next);
-  if (!are_heads_whole_groups() && next.is_quantized()) {
-    for_rows(batch.num_tokens,
-             [&](int row, int) { kernels_.quantize(buffers_.input, row, 0, q_size_); });
-  }
-}
-
-// Asks for the first piece of the keys that the run will attend to. They come while its own keys and
-// queries are rotated.
-void Engine::fetch_context(const FsBatch& batch, int layer, const QueryRun& run, int kv_head) {
-  const int position = buffers_.positions[run.first_token], window = config_.sliding_window;
-  const int begin = window > 0 && position >= window ? position - window + 1 : 0;
-  const int32_t* blocks = batch.block_ids + batch.block_offsets[run.row];
-  const int first = begin / cache_.block_size;
-  const int end = std::min(begin + kPieceSize, position) / cache_.block_size;
-  for (int block = first; block < end; ++block) {
-    cache_.fetch_keys(layer, kv_head, blocks[block]);
-  }
-}
-
-// Where the states of a shared-out run's queries begin, for one KV head: (parts, queries).
-float* Engine::states_of(const QueryRun& run, int kv_head) const {
-  const int num_queries = run.num_tokens * (config_.num_heads / config_.num_kv_heads);
-  const int64_t first = run.first_state + int64_t{kv_head} * run.num_parts * num_queries;
-  return buffers_.partials + first * (config_.head_dim + 2);
-}
-
-void Engine::attend_part(const FsBatch& batch, int layer, const QueryRun& run, int part,
-                         int kv_head, int pe) {
-  const int heads_per_kv = config_.num_heads / config_.num_kv_heads;
-  const int head_dim = config_.head_dim, first_head = kv_head * heads_per_kv;
-  AttentionTask task = cache_.task(layer, kv_head);
-  task.q = buffers_.wide + int64_t{run.first_token} * qkv_size_ + first_head * head_dim;
-  task.q_stride = qkv_size_;
-  task.out = buffers_.input.values + int64_t{run.first_token} * q_size_ + first_head * head_dim;
-  task.out_stride = q_size_;
-  task.num_tokens = run.num_tokens;
-  task.heads_per_kv = heads_per_kv;
-  task.first_position = buffers_.positions[run.first_token];
-  task.sliding_window = config_.sliding_window;
-  task.scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
-  task.block_ids = batch.block_ids + batch.block_offsets[run.row];
-  task.partition_begin = run.first_partition + part;
-  task.partition_end = task.partition_begin + 1;
-  task.partials = nullptr;
-  if (run.num_parts > 1) {
-    const int64_t state = int64_t{part} * run.num_tokens * heads_per_kv;
-    task.partials = states_of(run, kv_head) + state * (head_dim + 2);
-  }
-  task.scratch = scratch_[static_cast<size_t>(pe)].attention;
-  kernels_.attention(task);
-}
-
-void Engine::merge_parts(const Matrix& next) {
-  const int num_kv_heads = config_.num_kv_heads, head_dim = config_.head_dim;
-  const int heads_per_kv = config_.num_heads / num_kv_heads;
-  pool_.run(static_cast<int>(query_runs_.size()) * num_kv_heads, [&](int item, int pe) {
-    const QueryRun& run = query_runs_[static_cast<size_t>(item / num_kv_heads)];
-    if (run.num_parts == 1) return;
-    const int kv_head = item % num_kv_heads, num_queries = run.num_tokens * heads_per_kv;
-    const float* states = states_of(run, kv_head);
-    for (int query = 0; query < num_queries; ++query) {
-      const int token = run.first_token + query / heads_per_kv;
-      const int head = kv_head * heads_per_kv + query % heads_per_kv;
-      kernels_.merge_attention(buffers_.input.values + int64_t{token} * q_size_ + head * head_dim,
-                               states + query * (head_dim + 2),
-                               int64_t{num_queries} * (head_dim + 2), run.num_parts, head_dim,
-                               scratch_[static_cast<size_t>(pe)].attention);
-    }
-    quantize_heads(run, kv_head, next);
-  });
-}
-
-bool Engine::are_heads_whole_groups() const {
-  return q_size_ / config_.num_kv_heads % kGroupSize == 0;
-}
-
-void Engine::quantize_heads(const QueryRun& run, int kv_head, const Matrix& next) {
-  if (!next.is_quantized() || !are_heads_whole_groups()) return;
-  const int width = q_size_ / config_.num_kv_heads;
-  for (int token = run.first_token; token < run.first_token + run.num_tokens; ++token) {
-    kernels_.quantize(buffers_.input, token, kv_head * width, (kv_head + 1) * width);
-  }
 }
 
 // inner = silu(gate) * up, as `down` wants it. Gate and up go through a small buffer, a stretch of

@@ -4,15 +4,17 @@
 // up and SwiGLU; down. What follows per row (norm, quantise) is done by the producer where it has
 // the whole row or group, else by a job of its own; the values are the same. Jobs cut their work
 // over rows, heads and output panels and never over a sum, so that neither the number of PEs nor
-// the batch changes a bit. All memory is reserved when the engine is made; a step allocates nothing.
+// the batch changes a bit. All memory is reserved when the engine is made; a step allocates none.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "api.h"
 #include "kernel_table.h"
 #include "kv_cache.h"
 #include "mapped_memory.h"
+#include "matmul_cut.h"
 #include "sampler.h"
 #include "thread_pool.h"
 #include "weights.h"
@@ -29,6 +31,9 @@ class Engine {
   void step(const FsBatch& batch, const FsResult* result, float* logits);
 
  private:
+  // States of one query that shared-out contexts may have: 2^18 positions of 64 query heads.
+  static constexpr int64_t kMaxSharedStates = 65536;
+
   // Buffers for `max_num_batched_tokens` rows, in one mapping; pages come as they are touched.
   struct Buffers {
     float* hidden;          // (tokens, hidden): the residual stream
@@ -109,5 +114,15 @@ class Engine {
   int num_tasks_ = 0;
   std::vector<SampleError> sample_errors_;   // (kLogitsRows,)
 };
+
+template <class Body>
+void Engine::for_rows(int num_rows, const Body& body) {
+  const int num_items = std::min(num_rows, pool_.size() * kItemsPerPe);
+  const int rows_per_item = num_items == 0 ? 1 : (num_rows + num_items - 1) / num_items;
+  pool_.run((num_rows + rows_per_item - 1) / rows_per_item, [&](int item, int pe) {
+    const int end = std::min((item + 1) * rows_per_item, num_rows);
+    for (int row = item * rows_per_item; row < end; ++row) body(row, pe);
+  });
+}
 
 }  // namespace furiosa

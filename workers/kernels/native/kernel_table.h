@@ -38,8 +38,8 @@ struct Output {
 constexpr int kMaxMatmulRows = 128;
 
 // Panels [panel_begin, panel_end) of W times rows [row_begin, row_end) of x.
-//   scratch: matmul_scratch_nbytes(w.cols), 64-byte aligned, one per PE, contents arbitrary: where a
-//   kernel unpacks a panel once for many rows.
+//   scratch: matmul_scratch_nbytes(w.cols), 64-byte aligned, one per PE, contents arbitrary: where
+//   a kernel unpacks a panel once for many rows.
 using MatmulKernel = void (*)(const Matrix& w, int panel_begin, int panel_end,
                               const Activations& x, int row_begin, int row_end,
                               const Output& out, void* scratch);
@@ -55,8 +55,8 @@ constexpr int kPieceSize = 64;
 constexpr int kMaxQueries = 64;
 
 // A context is cut into partitions of this many positions, at multiples of it. Each is attended to
-// on its own and the results are merged in ascending order, whether one PE did them all or many did:
-// so a long context can be shared out without changing a bit.
+// on its own and the results are merged in ascending order, whether one PE did them all or many
+// did: so a long context can be shared out without changing a bit.
 constexpr int kPartitionSize = 256;
 
 // Some query tokens of one sequence, all heads of one KV head, against that sequence's cache.
@@ -76,9 +76,9 @@ struct AttentionTask {
   int block_size;
   int64_t block_stride;      // elements from one block to the next
   int64_t scale_stride;      // scales from one block to the next
-  // Only the partitions [partition_begin, partition_end) are attended to, and the state of each goes
-  // to `partials` (partition, query, head_dim + 2), for merge_attention; or, where that is null, all
-  // of the context is and the result goes to `out`.
+  // Only the partitions [partition_begin, partition_end) are attended to, and the state of each
+  // goes to `partials` (partition, query, head_dim + 2), for merge_attention; or, where that is
+  // null, all of the context is and the result goes to `out`.
   int partition_begin, partition_end;
   float* partials;
   float* scratch;            // attention_scratch_floats(head_dim), 64-byte aligned
@@ -103,8 +103,8 @@ struct KernelTable {
   // y = x / scale rounded half to even, n a multiple of 8. Returns the scale, max|x| / 127.
   float (*quantize_head)(int8_t* y, const float* x, int n);
   void (*attention)(const AttentionTask& task);
-  // The result of one query from its state in partitions 0 .. count: `partials` (count, head_dim + 2),
-  // `stride` floats from one partition to the next. scratch: attention_scratch_floats.
+  // The result of one query from its state in partitions 0 .. count: `partials` (count, head_dim +
+  // 2), `stride` floats from one partition to the next. scratch: attention_scratch_floats.
   void (*merge_attention)(float* out, const float* partials, int64_t stride, int count,
                           int head_dim, float* scratch);
   // Vocabulary kernels. max_finite: the largest, or NaN when any value is NaN or infinite.

@@ -1,8 +1,8 @@
 // int8 and int4 products of the AVX2 family, in tiles of 1 to 4 rows by one panel (16 outputs).
 //
-// Few rows take the panel as it is packed. Many rows share one unpacking of it, a chunk of groups at
-// a time that stays in the first-level cache while all rows go past; between chunks a row's 16 sums
-// wait in memory. Either way an output's sum goes over the groups from left to right:
+// Few rows take the panel as it is packed. Many rows share one unpacking of it, a chunk of groups
+// at a time that stays in the first-level cache while all rows go past; between chunks a row's 16
+// sums wait in memory. Either way an output's sum goes over the groups from left to right:
 //     acc = fma(dot, input scale * weight scale, acc), then fma(scaled sum, min, acc)
 // with `dot` exact, so that its bits depend neither on the number of rows nor on the chunks.
 // Included inside the family's namespace, after dot_avx2.h and matmul_avx2.h.

@@ -1,11 +1,11 @@
 // One thread per PE, running numbered items of one job at a time.
 //
-// A job is `count` calls body(item, pe). Every PE has a range of neighbouring items and takes them in
-// order, so that it goes through memory in order too; a PE that has none left takes the last item
-// of another's range, so that one that is held up (its core is shared, say) costs its share of the
-// work, not the step. The calling thread is PE 0 and waits for finished items, not for threads: a PE
-// that is late finds the job gone. A PE without a job spins briefly, then sleeps; an idle pool costs
-// no CPU.
+// A job is `count` calls body(item, pe). Every PE has a range of neighbouring items and takes them
+// in order, so that it goes through memory in order too; a PE that has none left takes the last
+// item of another's range, so that one that is held up (its core is shared, say) costs its share of
+// the work, not the step. The calling thread is PE 0 and waits for finished items, not for threads:
+// a PE that is late finds the job gone. A PE without a job spins briefly, then sleeps; an idle pool
+// costs no CPU.
 //
 // A range is one 64-bit word, generation | end | next, and an item is taken by compare-and-swap on
 // it: that is what makes late PEs safe, since a word of another generation refuses them. An odd
@@ -71,7 +71,7 @@ class ThreadPool {
 
  private:
   static constexpr int kFinish = -1;  // the item that stands for finish()
-  static constexpr int kMaxItems = (1 << 20) - 1;  // more than any step has; past it one PE does all
+  static constexpr int kMaxItems = (1 << 20) - 1;  // more than a step has; past it one PE does all
 
   struct alignas(64) Range {
     std::atomic<uint64_t> word{0};
