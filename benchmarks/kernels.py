@@ -78,7 +78,8 @@ def matrices_of(rows: int, cols: int, dtype: str) -> list[Tensor]:
     values = np.random.default_rng(0).standard_normal((rows, cols), np.float32)
     packed = pack_matrix(values, dtype)
     count = -(-WORKING_SET_NBYTES // len(packed))
-    return [Tensor(dtype, rows, cols, False, aligned(packed)) for _ in range(count)]
+    rotated = dtype in ("int8", "int4")
+    return [Tensor(dtype, rows, cols, False, rotated, aligned(packed)) for _ in range(count)]
 
 
 def seconds_of(body: Callable[[], object]) -> float:

@@ -22,7 +22,6 @@ from furiosa_llm.workers.artifact import writer as writer_module
 from furiosa_llm.workers.artifact.artifact import Artifact
 from furiosa_llm.workers.artifact.build import build_artifact
 from furiosa_llm.workers.artifact.layout import tensor_shapes
-from furiosa_llm.workers.artifact.packing import unpack_matrix
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +93,7 @@ def test_opening_imports_nothing_heavy():
 
 
 DAMAGE = {
-    "another version": (lambda m: m.update(format_version=2), "format_version 2"),
+    "another version": (lambda m: m.update(format_version=3), "format_version 3"),
     "no version": (lambda m: m.pop("format_version"), "format_version None"),
     "another config": (lambda m: m["model"].update(hidden_size=32), "makes it"),
     "a quietly changed config": (lambda m: m["model"].update(rms_norm_eps=2e-5), "was changed"),
@@ -106,8 +105,12 @@ DAMAGE = {
     ),
     "another shape": (lambda m: m["tensors"]["layers.0.o"].update(rows=32), "makes it 64 x 64"),
     "another dtype": (lambda m: m["tensors"]["embed"].update(dtype="fp64"), "unknown dtype"),
-    "a matrix as vector": (lambda m: m["tensors"]["embed"].update(dtype="vector"), "cannot have"),
+    "a matrix as vector": (lambda m: m["tensors"]["embed"].update(dtype="vector"), "can be rotated"),
     "wrong size": (lambda m: m["tensors"]["embed"].update(nbytes=64), "has 64 bytes"),
+    "rotated floats": (
+        lambda m: m["tensors"]["layers.0.attn_norm"].update(rotated=True),
+        "only int8 and int4 can be rotated",
+    ),
     "mins in int8": (lambda m: m["tensors"]["embed"].update(has_min=True), "only int4"),
     "beyond the end": (
         lambda m: m["tensors"]["lm_head"].update(offset=1 << 40), "beyond the",
@@ -149,7 +152,7 @@ def test_a_damaged_table_is_refused_with_the_reason(copy, case):
         pytest.param(b"[" * 100_000, "nested too deeply", id="deep"),
         pytest.param(b'{"a": 1, "a": 2}', "occurs twice", id="duplicate key"),
         pytest.param(b"[]", "not a dict", id="no object"),
-        pytest.param(b'{"format_version": 1}', "'model' is missing", id="bare"),
+        pytest.param(b'{"format_version": 2}', "'model' is missing", id="bare"),
         pytest.param(b" " * (17 << 20), "larger than", id="huge"),
         pytest.param(b"\xff\xfe\x00", "not valid JSON", id="no text"),
         pytest.param(b"1" * 10_000, "not valid JSON", id="endless number"),
@@ -183,7 +186,7 @@ def test_missing_short_and_swapped_files_are_refused(copy, tmp_path):
 
 def test_verify_finds_one_flipped_bit_and_opening_does_not_look(copy):
     artifact = Artifact.open(copy)
-    offset = artifact.tensor("layers.1.down").data.ctypes.data - artifact._bytes.ctypes.data
+    offset = artifact._manifest.tensors["layers.1.down"].offset
     with (copy / "weights.bin").open("r+b") as file:
         file.seek(offset + 5)
         byte = file.read(1)[0]
@@ -336,4 +339,4 @@ def test_slicing_does_not_show_in_the_result(tmp_path, monkeypatch):
     assert (whole / "weights.bin").read_bytes() == (sliced / "weights.bin").read_bytes()
     artifact = Artifact.open(sliced)
     qkv = artifact.tensor("layers.0.qkv")
-    assert unpack_matrix(qkv.data, qkv.rows, qkv.cols, qkv.dtype).shape == (128, 64)
+    assert qkv.unpack().shape == (128, 64)

@@ -18,7 +18,7 @@ from furiosa_llm.errors import ArtifactError
 from furiosa_llm.workers.artifact.artifact import Artifact
 from furiosa_llm.workers.artifact.build import build_artifact
 from furiosa_llm.workers.artifact.gguf_file import read_gguf
-from furiosa_llm.workers.artifact.packing import unpack_matrix, unpack_quantized
+from furiosa_llm.workers.artifact.packing import unpack_quantized
 
 FAMILIES = {"llama": "llama", "llama3": "llama", "mistral": "llama", "qwen2": "qwen2",
             "qwen3": "qwen3"}  # fmt: skip
@@ -166,13 +166,11 @@ def test_blocks_that_we_keep_are_taken_over_exactly(tmp_path, kind, weights, has
     assert artifact.weights == weights
     stored = read_gguf(file).tensors
     down = artifact.tensor("layers.1.down")
-    assert (down.dtype, down.has_min) == (weights, has_min)
+    assert (down.dtype, down.has_min, down.rotated) == (weights, has_min, False)
     raw = stored["blk.1.ffn_down.weight"].data.reshape(down.rows, -1)
-    np.testing.assert_array_equal(
-        unpack_matrix(down.data, down.rows, down.cols, weights, has_min), gguf.dequantize(raw, kind)
-    )
+    np.testing.assert_array_equal(down.unpack(), gguf.dequantize(raw, kind))
     qkv = artifact.tensor("layers.0.qkv")
-    values = unpack_matrix(qkv.data, qkv.rows, qkv.cols, weights, has_min)
+    values = qkv.unpack()
     parts = [
         gguf.dequantize(
             stored[f"blk.0.attn_{x}.weight"].data.reshape(-1, raw.shape[1] // 3 * 2), kind
@@ -185,7 +183,7 @@ def test_blocks_that_we_keep_are_taken_over_exactly(tmp_path, kind, weights, has
 def test_llama_rows_of_quantised_q_and_k_are_put_back_in_order(tmp_path):
     file = make_gguf(tmp_path / "model.gguf", "llama", Q8_0)
     qkv = Artifact.open(build_artifact(file, tmp_path / "out")).tensor("layers.0.qkv")
-    values = unpack_matrix(qkv.data, qkv.rows, qkv.cols, "int8")
+    values = qkv.unpack()
     weights = random_weights(config_of("llama"))
     for start, part in ((0, "q"), (64, "k"), (96, "v")):
         expected = weights[f"model.layers.0.self_attn.{part}_proj.weight"]

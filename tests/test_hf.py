@@ -22,14 +22,14 @@ from furiosa_llm.errors import ArtifactError
 from furiosa_llm.workers.artifact.artifact import Artifact
 from furiosa_llm.workers.artifact.build import build_artifact, read_source
 from furiosa_llm.workers.artifact.hf import read_checkpoint
-from furiosa_llm.workers.artifact.packing import from_bf16, to_bf16, unpack_matrix
+from furiosa_llm.workers.artifact.packing import from_bf16, to_bf16
 from furiosa_llm.workers.artifact.rope import inverse_frequencies
 from furiosa_llm.workers.artifact.safetensors_file import read_safetensors
 
 
 def matrix_of(artifact: Artifact, name: str) -> np.ndarray:
     tensor = artifact.tensor(name)
-    return unpack_matrix(tensor.data, tensor.rows, tensor.cols, tensor.dtype, tensor.has_min)
+    return tensor.unpack()
 
 
 def edit_json(path: Path, **changes: Any) -> None:

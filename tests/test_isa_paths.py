@@ -10,6 +10,7 @@ from __future__ import annotations
 import platform
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import native_builds
@@ -24,11 +25,12 @@ from furiosa_llm.errors import InvalidRequestError
 from furiosa_llm.workers.artifact.artifact import Tensor
 from furiosa_llm.workers.artifact.packing import pack_quantized
 from furiosa_llm.workers.artifact.quantize import QuantizedRows
+from furiosa_llm.workers.artifact.rotation import hadamard
 from furiosa_llm.workers.kernels import native, native_library
 from furiosa_llm.workers.kernels.native import NativeExecutor
 
 EMULATED = ("avx512", "amx")
-DTYPES = ("fp32", "bf16", "int8", "int4", "int4-min")
+DTYPES = ("fp32", "bf16", "int8", "int8-file", "int4", "int4-min")
 # Below, at and above the rows of a register tile (8) and an AMX tile (16), and what is left over.
 NUM_ROWS = (1, 2, 3, 5, 8, 12, 15, 16, 17, 21, 22, 31, 48)
 
@@ -68,7 +70,7 @@ def exact_tensor(dtype: str, q: np.ndarray) -> Tensor:
     scales = 2.0 ** (np.arange(q.shape[0] * groups).reshape(len(q), groups) % 3)
     mins = -5.0 * scales if dtype == "int4-min" else None
     blocks = QuantizedRows(
-        q.astype(np.int8 if dtype == "int8" else np.uint8),
+        q.astype(np.int8 if dtype.startswith("int8") else np.uint8),
         scales.astype(np.float16),
         None if mins is None else mins.astype(np.float16),
     )
@@ -77,26 +79,30 @@ def exact_tensor(dtype: str, q: np.ndarray) -> Tensor:
     start = -room.ctypes.data % 64
     room[start : start + len(packed)] = packed
     data = room[start : start + len(packed)]
-    return Tensor(dtype[:4], *q.shape, mins is not None, data)
+    return Tensor(dtype[:4], *q.shape, mins is not None, dtype == "int8-rotated", data)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("isa", ["avx2", *EMULATED])
-@pytest.mark.parametrize("dtype", ["int8", "int4", "int4-min"])
+@pytest.mark.parametrize("dtype", ["int8", "int8-rotated", "int4", "int4-min"])
 def test_integer_sums_are_exact(isa: str, dtype: str) -> None:
     random = np.random.default_rng(7)
-    low, high = (-128, 128) if dtype == "int8" else (0, 16)
+    low, high = (-128, 128) if dtype.startswith("int8") else (0, 16)
     q = random.integers(low, high, (40, 96))
     q[:2], q[2:4] = low, high - 1  # what saturates first
     tensor = exact_tensor(dtype, q)
-    inputs = random.integers(-127, 128, (48, 96))
-    inputs[:, ::32] = 127  # the largest of each group: its scale is 1, its quants these numbers
-    inputs[3], inputs[4] = 127, -127
+    most = 64 if tensor.rotated else 127
+    inputs = random.integers(-most, most + 1, (48, 96))
+    inputs[:, ::32] = most  # the largest of each group: its scale is 1, its quants these numbers
+    inputs[3], inputs[4] = most, -most
+    x = inputs.astype(np.float32)
 
-    y = native.matmul(tensor, inputs.astype(np.float32), isa=isa)
+    y = native.matmul(tensor, hadamard(x) / 32 if tensor.rotated else x, isa=isa)
 
-    weights = test_native.unpack_matrix(tensor.data, *q.shape, tensor.dtype, tensor.has_min)
+    weights = replace(tensor, rotated=False).unpack()
+    if tensor.rotated:  # what is multiplied is the transform of the inputs, divided by 8
+        y = y * 8
     assert np.array_equal(y, inputs @ weights.T.astype(np.int64))
 
 
@@ -138,7 +144,7 @@ def test_floats_in_columns_that_fill_no_tile(isa: str, cols: int) -> None:
     for dtype in ("fp32", "bf16"):
         tensor, x = random_tensor(dtype, 33, cols), random_inputs(21, cols)
         y = native.matmul(tensor, x, isa=isa)
-        weights = test_native.unpack_matrix(tensor.data, 33, cols, dtype)
+        weights = tensor.unpack()
         np.testing.assert_allclose(y, x.astype(np.float64) @ weights.T, rtol=1e-4, atol=1e-4)
         assert np.array_equal(native.matmul(tensor, x[:5], isa=isa), y[:5])
 

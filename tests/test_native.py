@@ -21,8 +21,9 @@ from tiny_models import ARCHITECTURES, VOCAB_SIZE, tiny_artifact
 from furiosa_llm.errors import EngineShutDownError, FuriosaLLMError, InvalidRequestError
 from furiosa_llm.workers import sampler
 from furiosa_llm.workers.artifact.artifact import Artifact, Tensor
-from furiosa_llm.workers.artifact.packing import pack_matrix, pack_quantized, unpack_matrix
+from furiosa_llm.workers.artifact.packing import pack_matrix, pack_quantized
 from furiosa_llm.workers.artifact.quantize import quantize
+from furiosa_llm.workers.artifact.rotation import hadamard
 from furiosa_llm.workers.executor import StepResult
 from furiosa_llm.workers.kernels import native, native_library
 from furiosa_llm.workers.kernels.native import NativeExecutor
@@ -78,36 +79,44 @@ def blocks_of(sequence: int, block_size: int = 16) -> list[int]:
 
 
 def packed_tensor(values: np.ndarray, dtype: str) -> Tensor:
-    """`dtype` int4-min is int4 with mins."""
-    is_min = dtype == "int4-min"
-    packed = (
-        pack_quantized(quantize(values, "int4").with_mins())
-        if is_min
-        else pack_matrix(values, dtype)
-    )
+    """`dtype` int4-min is int4 with mins; int8-file is not rotated, like blocks from a file."""
+    is_min, rotated = dtype == "int4-min", dtype in ("int8", "int4", "int4-min")
+    if is_min:
+        packed = pack_quantized(quantize(values, "int4").with_mins())
+    elif dtype == "int8-file":
+        packed = pack_quantized(quantize(values, "int8"))
+    else:
+        packed = pack_matrix(values, dtype)
     room = np.zeros(len(packed) + 64, np.uint8)
     start = -room.ctypes.data % 64
     room[start : start + len(packed)] = packed
-    return Tensor(dtype[:4], *values.shape, is_min, room[start : start + len(packed)])
+    data = room[start : start + len(packed)]
+    return Tensor(dtype[:4], *values.shape, is_min, rotated, data)
 
 
-def quantized_as_kernels_do(x: np.ndarray) -> np.ndarray:
-    groups = x.reshape(len(x), -1, 32)
-    scales = np.abs(groups).max(axis=2, keepdims=True) / np.float32(127)
-    q = np.rint(np.divide(groups, scales, out=np.zeros_like(groups), where=scales > 0))
-    return (q.astype(np.float64) * scales).reshape(x.shape)
+def quantized_as_kernels_do(x: np.ndarray, tensor: Tensor) -> np.ndarray:
+    """The values that inputs stand for once they are quantised for this matrix."""
+    groups = (hadamard(x) if tensor.rotated else x).reshape(len(x), -1, 32)
+    levels = 64 if tensor.rotated and tensor.dtype == "int8" else 127
+    scales = np.abs(groups).max(axis=2, keepdims=True) / np.float32(levels)
+    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales > 0)
+    values = np.rint(groups * inverse).astype(np.float64) * scales
+    if tensor.rotated:  # back: the transform is its own inverse but for a factor
+        values = np.einsum("rgi,ij->rgj", values, hadamard(np.eye(32, dtype=np.float32))) / 32
+    return values.reshape(x.shape)
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("dtype", [*WEIGHTS, "int4-min"])
+@pytest.mark.parametrize("dtype", [*WEIGHTS, "int4-min", "int8-file"])
 @pytest.mark.parametrize("shape", [(16, 32), (37, 160), (112, 64)])
 def test_matmul_is_the_product(isa: str, dtype: str, shape: tuple[int, int]) -> None:
     rng = np.random.default_rng(1)
     tensor = packed_tensor(rng.standard_normal(shape).astype(np.float32), dtype)
     x = rng.standard_normal((13, shape[1])).astype(np.float32)
     x[4, :32] = 0
-    weights = unpack_matrix(tensor.data, *shape, tensor.dtype, tensor.has_min).astype(np.float64)
-    inputs = quantized_as_kernels_do(x) if tensor.dtype.startswith("int") else x.astype(np.float64)
+    weights = tensor.unpack().astype(np.float64)
+    is_quantized = tensor.dtype.startswith("int")
+    inputs = quantized_as_kernels_do(x, tensor) if is_quantized else x.astype(np.float64)
 
     y = native.matmul(tensor, x, isa=isa)
 
@@ -117,7 +126,7 @@ def test_matmul_is_the_product(isa: str, dtype: str, shape: tuple[int, int]) -> 
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("dtype", [*WEIGHTS, "int4-min"])
+@pytest.mark.parametrize("dtype", [*WEIGHTS, "int4-min", "int8-file"])
 def test_matmul_bits_do_not_depend_on_the_number_of_rows(isa: str, dtype: str) -> None:
     rng = np.random.default_rng(2)
     tensor = packed_tensor(rng.standard_normal((40, 96)).astype(np.float32), dtype)
@@ -128,7 +137,7 @@ def test_matmul_bits_do_not_depend_on_the_number_of_rows(isa: str, dtype: str) -
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("dtype", [*WEIGHTS, "int4-min"])
+@pytest.mark.parametrize("dtype", [*WEIGHTS, "int4-min", "int8-file"])
 def test_matmul_of_many_rows_unpacks_panels_without_changing_a_bit(isa: str, dtype: str) -> None:
     """Rows enough for every way that a kernel has, inputs enough for several chunks of a panel."""
     rng = np.random.default_rng(4)
@@ -143,7 +152,7 @@ def test_matmul_of_many_rows_unpacks_panels_without_changing_a_bit(isa: str, dty
 def test_matmul_extremes_stay_exact() -> None:
     """All inputs and all weights at their largest: no integer sum saturates."""
     for dtype, q, value in (("int8", -128, -128.0), ("int4", 0, -8.0), ("int4", 15, 7.0)):
-        tensor = packed_tensor(np.ones((16, 32), np.float32), dtype)
+        tensor = replace(packed_tensor(np.ones((16, 32), np.float32), dtype), rotated=False)
         bytes_ = tensor.data.copy()
         num_data = 16 * 32 // (1 if dtype == "int8" else 2)
         bytes_[:num_data] = np.int8(q).view(np.uint8) if dtype == "int8" else q * 17

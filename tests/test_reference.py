@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +18,15 @@ from tiny_models import ARCHITECTURES, VOCAB_SIZE, tiny_artifact
 from furiosa_llm.errors import EngineShutDownError, InvalidRequestError
 from furiosa_llm.workers import sampler
 from furiosa_llm.workers.artifact.artifact import Artifact, Tensor
-from furiosa_llm.workers.artifact.packing import pack_matrix, pack_quantized, unpack_matrix
+from furiosa_llm.workers.artifact.packing import pack_matrix, pack_quantized
 from furiosa_llm.workers.artifact.quantize import quantize
+from furiosa_llm.workers.artifact.rotation import hadamard
 from furiosa_llm.workers.kernels.reference import ReferenceExecutor
 from furiosa_llm.workers.kernels.reference_matmul import (
     MAX_COLS,
     TILE_ROWS,
     FloatMatrix,
+    input_levels,
     load_matrix,
     quantize_activations,
 )
@@ -36,7 +39,7 @@ from furiosa_llm.workers.kernels.reference_ops import (
     swiglu,
 )
 
-DTYPES = ("fp32", "bf16", "int8", "int4", "int4-min")
+DTYPES = ("fp32", "bf16", "int8", "int8-file", "int4", "int4-min")
 
 
 def random_floats(seed: int, *shape: int) -> np.ndarray:
@@ -47,12 +50,15 @@ def random_floats(seed: int, *shape: int) -> np.ndarray:
 
 
 def packed(values: np.ndarray, dtype: str) -> Tensor:
-    """`dtype` int4-min is int4 with mins."""
+    """`dtype` int4-min is int4 with mins; int8-file is not rotated, like blocks from a file."""
     if dtype == "int4-min":
-        return Tensor(
-            "int4", *values.shape, True, pack_quantized(quantize(values, "int4").with_mins())
-        )
-    return Tensor(dtype, *values.shape, False, pack_matrix(values, dtype))
+        blocks = quantize(values, "int4").with_mins()
+        return Tensor("int4", *values.shape, True, True, pack_quantized(blocks))
+    if dtype == "int8-file":
+        blocks = replace(quantize(values, "int8"), rotated=False)
+        return Tensor("int8", *values.shape, False, False, pack_quantized(blocks))
+    rotated = dtype in ("int8", "int4")
+    return Tensor(dtype, *values.shape, False, rotated, pack_matrix(values, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -63,11 +69,14 @@ def test_product_is_that_of_the_unpacked_matrix(dtype, num_rows):
     if num_rows:
         x[0, :32] = 0  # a group without a scale
     y = load_matrix(tensor).product(x)
-    weights = unpack_matrix(tensor.data, 50, 96, tensor.dtype, tensor.has_min).astype(np.float64)
+    weights = tensor.unpack().astype(np.float64)
     inputs = x.astype(np.float64)
     if dtype.startswith("int"):
-        q, scales = quantize_activations(x)
+        rotated = hadamard(x) if tensor.rotated else x
+        q, scales = quantize_activations(rotated, input_levels(tensor))
         inputs = (q.astype(np.float64) * scales[:, :, None]).reshape(x.shape)
+        if tensor.rotated:
+            inputs = hadamard(inputs.astype(np.float32)).astype(np.float64) / 32
     assert y.dtype == np.float32
     np.testing.assert_allclose(y, inputs @ weights.T, rtol=0, atol=3e-5)
 
@@ -94,7 +103,7 @@ def test_bits_of_a_product_do_not_depend_on_the_number_of_rows(dtype, shape):
 def test_rows_are_those_of_the_unpacked_matrix(dtype):
     tensor = packed(random_floats(0, 20, 64), dtype)
     ids = np.array([19, 0, 3, 0], np.int32)
-    expected = unpack_matrix(tensor.data, 20, 64, tensor.dtype, tensor.has_min)[ids]
+    expected = tensor.unpack()[ids]
     assert np.array_equal(load_matrix(tensor).take_rows(ids), expected)
 
 

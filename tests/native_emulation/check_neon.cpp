@@ -46,25 +46,27 @@ struct Inputs {
   std::vector<float> values;
   std::vector<int8_t> quants;
   std::vector<float> scales, scaled_sums;
-  std::vector<int32_t> sums, nibble_offsets;
+  std::vector<int32_t> sums, offsets;
   Activations x;
 
-  Inputs(const KernelTable& kernels, const std::vector<float>& from, int rows, int cols)
+  Inputs(const KernelTable& kernels, const Matrix& weights, const std::vector<float>& from,
+         int rows)
       : values(from), quants(from.size()) {
+    const int cols = weights.cols;
     const size_t groups = from.size() / kGroupSize;
     scales.resize(groups), scaled_sums.resize(groups), sums.resize(groups);
-    nibble_offsets.resize(groups);
+    offsets.resize(groups);
     x = {cols,        values.data(),      quants.data(),        scales.data(),
-         sums.data(), scaled_sums.data(), nibble_offsets.data()};
-    for (int row = 0; row < rows; ++row) kernels.quantize(x, row, 0, cols);
+         sums.data(), scaled_sums.data(), offsets.data()};
+    for (int row = 0; row < rows; ++row) kernels.quantize(x, weights, row, 0, cols);
   }
 };
 
-void check_matmul(FsDtype dtype, bool has_min) {
+void check_matmul(FsDtype dtype, bool has_min, bool is_rotated) {
   constexpr int kRows = 37, kCols = 96, kInputs = 7;
   const size_t panel_nbytes[] = {kCols * 64, kCols * 32, kCols * 16 + kCols, kCols * 8 + 2 * kCols};
   Matrix w;
-  w.dtype = dtype, w.has_min = has_min, w.rows = kRows, w.cols = kCols, w.num_panels = 3;
+  w.dtype = dtype, w.has_min = has_min, w.is_rotated = is_rotated, w.rows = kRows, w.cols = kCols, w.num_panels = 3;
   w.panel_stride = (panel_nbytes[dtype] + 63) / 64 * 64;
   std::vector<uint8_t> data(w.panel_stride * 3 + 64);
   uint8_t* start = data.data() + (64 - reinterpret_cast<uintptr_t>(data.data()) % 64) % 64;
@@ -93,7 +95,7 @@ void check_matmul(FsDtype dtype, bool has_min) {
   std::vector<float> results[2];
   for (int family = 0; family < 2; ++family) {
     const KernelTable& kernels = family == 0 ? kNeonKernels : kPortableKernels;
-    Inputs inputs(kernels, from, kInputs, kCols);
+    Inputs inputs(kernels, w, from, kInputs);
     results[family].assign(kInputs * kRows, 0.5f);
     const Output out{results[family].data(), kRows, bias.data(), true};
     kernels.matmul[dtype](w, 0, 3, inputs.x, 0, kInputs, out, nullptr);
@@ -145,11 +147,15 @@ void check_rows() {
   std::vector<float> poisoned = x;
   poisoned[97] = INFINITY;
   if (!std::isnan(kNeonKernels.max_finite(poisoned.data(), kCols))) fail("max_finite of infinity");
-  const Inputs neon(kNeonKernels, whole, 2, 96), portable(kPortableKernels, whole, 2, 96);
-  expect_equal(neon.quants, portable.quants, "quantize");
-  expect_equal(neon.sums, portable.sums, "quantize's sums");
-  expect_equal(neon.nibble_offsets, portable.nibble_offsets, "quantize's offsets");
-  expect_equal(neon.scales, portable.scales, "quantize's scales");
+  for (const bool is_rotated : {false, true}) {
+    Matrix w;
+    w.dtype = kInt8, w.is_rotated = is_rotated, w.cols = 96;
+    const Inputs neon(kNeonKernels, w, whole, 2), portable(kPortableKernels, w, whole, 2);
+    expect_equal(neon.quants, portable.quants, "quantize");
+    expect_equal(neon.sums, portable.sums, "quantize's sums");
+    expect_equal(neon.offsets, portable.offsets, "quantize's offsets");
+    expect_equal(neon.scales, portable.scales, "quantize's scales");
+  }
 }
 
 // Five tokens at positions 290 to 294: two partitions, and pieces that are not whole.
@@ -209,8 +215,9 @@ int main() {
     return 1;
   }
   check_rows();
-  for (const FsDtype dtype : {kFp32, kBf16, kInt8, kInt4}) check_matmul(dtype, false);
-  check_matmul(kInt4, true);
+  for (const FsDtype dtype : {kFp32, kBf16, kInt8, kInt4}) check_matmul(dtype, false, false);
+  for (const FsDtype dtype : {kInt8, kInt4}) check_matmul(dtype, false, true);
+  check_matmul(kInt4, true, false);
   for (const FsDtype dtype : {kFp32, kBf16, kInt8}) {
     check_attention(dtype, 0);
     check_attention(dtype, 70);

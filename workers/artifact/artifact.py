@@ -1,8 +1,9 @@
 """A built model, opened: its config, and its weights mapped read-only and shared.
 
 Opening reads `artifact.json` and one page of `weights.bin`; the rest comes in through the page
-cache as the kernels touch it, one copy for all workers of a machine. This module imports numpy
-and nothing heavier: it is on every worker's way up.
+cache as the kernels touch it, one copy for all workers of a machine. This module is on the way up
+of every worker, which needs numpy anyway, and of the front-end, which asks for no tensor and does
+without numpy.
 """
 
 from __future__ import annotations
@@ -13,10 +14,7 @@ import mmap
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from furiosa_llm.errors import ArtifactError
 from furiosa_llm.workers.artifact.manifest import (
@@ -31,6 +29,10 @@ from furiosa_llm.workers.artifact.manifest import (
 from furiosa_llm.workers.artifact.model_config import ModelConfig
 from furiosa_llm.workers.artifact.packing import VECTOR
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 _HASH_CHUNK_NBYTES = 1 << 20
 
 
@@ -42,7 +44,16 @@ class Tensor:
     rows: int
     cols: int
     has_min: bool  # int4 only
+    rotated: bool  # int8 and int4 only: see rotation.py
     data: NDArray[np.uint8]  # 1-D, read-only; its address holds while the artifact lives
+
+    def unpack(self) -> NDArray[np.float32]:
+        """A matrix's values, (rows, cols) float32, a new array."""
+        from furiosa_llm.workers.artifact.packing import unpack_matrix
+
+        return unpack_matrix(
+            self.data, self.rows, self.cols, self.dtype, self.has_min, self.rotated
+        )
 
 
 class Artifact:
@@ -76,7 +87,7 @@ class Artifact:
         self.source = manifest.source
         self.tensor_parallel_size = manifest.tensor_parallel_size
         self._manifest = manifest
-        self._bytes = np.frombuffer(mapped, dtype=np.uint8)  # keeps the map alive; read-only
+        self._mapped = mapped  # read-only
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = False) -> Artifact:
@@ -103,12 +114,16 @@ class Artifact:
 
     def tensor(self, name: str) -> Tensor:
         """The tensor of this name, its data a view into the map. Raises: KeyError if unknown."""
+        import numpy as np
+
         entry = self._manifest.tensors[name]
-        data = self._bytes[entry.offset : entry.offset + entry.nbytes]
-        return Tensor(entry.dtype, entry.rows, entry.cols, entry.has_min, data)
+        data = np.frombuffer(self._mapped, np.uint8, count=entry.nbytes, offset=entry.offset)
+        return Tensor(entry.dtype, entry.rows, entry.cols, entry.has_min, entry.rotated, data)
 
     def vector(self, name: str) -> NDArray[np.float32]:
         """The vector of this name, (cols,) float32, a read-only view into the map."""
+        import numpy as np
+
         tensor = self.tensor(name)
         assert tensor.dtype == VECTOR, f"{name} is a matrix"
         return tensor.data.view(np.float32)

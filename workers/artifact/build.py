@@ -30,7 +30,7 @@ from furiosa_llm.workers.artifact.source import ModelSource, SourceMatrix
 from furiosa_llm.workers.artifact.writer import ArtifactWriter
 
 # Raised when the same source would be built into something else, so that caches build it anew.
-BUILDER_VERSION = 1
+BUILDER_VERSION = 2
 
 WEIGHT_CHOICES = ("auto", *MATRIX_DTYPES)
 
@@ -49,6 +49,10 @@ class MatrixPlan:
     dtype: str
     has_min: bool = False
     is_exact: bool = False  # the stored integers are taken over as they are
+
+    @property
+    def rotated(self) -> bool:
+        return self.dtype in ("int8", "int4") and not self.is_exact
 
 
 def build_artifact(
@@ -115,7 +119,13 @@ def write_artifact(
             plan = plans[name]
             panels = _packed_slices(name, source.matrices[name], plan)
             writer.add_matrix(
-                name, shape.rows, shape.cols, plan.dtype, panels, has_min=plan.has_min
+                name,
+                shape.rows,
+                shape.cols,
+                plan.dtype,
+                panels,
+                has_min=plan.has_min,
+                rotated=plan.rotated,
             )
             num_done += shape.rows * shape.cols
             if progress is not None:

@@ -19,7 +19,7 @@ from furiosa_llm.workers.artifact.packing import (
     matrix_nbytes,
 )
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAGIC = b"FURIOSA1"
 HEADER_NBYTES = 4096
 MANIFEST_NAME = "artifact.json"
@@ -38,6 +38,7 @@ class TensorEntry:
     rows: int
     cols: int
     has_min: bool
+    rotated: bool
     offset: int
     nbytes: int
     sha256: str
@@ -215,6 +216,7 @@ def _read_entry(name: str, value: Any) -> TensorEntry:
         rows=_field(table, "rows", int),
         cols=_field(table, "cols", int),
         has_min=_field(table, "has_min", bool),
+        rotated=_field(table, "rotated", bool),
         offset=_field(table, "offset", int),
         nbytes=_field(table, "nbytes", int),
         sha256=_take_digest(table.get("sha256"), name),
@@ -225,6 +227,10 @@ def _read_entry(name: str, value: Any) -> TensorEntry:
         raise ArtifactError(f"tensor {name[:80]!r}: {entry.cols} columns cannot be {entry.dtype}")
     if entry.has_min and entry.dtype != "int4":
         raise ArtifactError(f"tensor {name[:80]!r} is {entry.dtype}: only int4 can have mins")
+    if entry.rotated and entry.dtype not in ("int8", "int4"):
+        raise ArtifactError(
+            f"tensor {name[:80]!r} is {entry.dtype}: only int8 and int4 can be rotated"
+        )
     return entry
 
 

@@ -92,7 +92,12 @@ def pack_quantized(blocks: QuantizedRows) -> Bytes:
 
 
 def unpack_quantized(
-    data: Bytes, rows: int, cols: int, dtype: str, has_min: bool = False
+    data: Bytes,
+    rows: int,
+    cols: int,
+    dtype: str,
+    has_min: bool = False,
+    rotated: bool = False,
 ) -> QuantizedRows:
     """The inverse of `pack_quantized`; new arrays."""
     groups, num_panels = cols // GROUP, -(-rows // PANEL_ROWS)
@@ -111,15 +116,20 @@ def unpack_quantized(
 
     scales = halves(data_nbytes)
     mins = halves(data_nbytes + scales_nbytes) if has_min else None
-    return QuantizedRows(q.view(np.int8) if dtype == "int8" else q, scales, mins)
+    return QuantizedRows(q.view(np.int8) if dtype == "int8" else q, scales, mins, rotated)
 
 
 def unpack_matrix(
-    data: Bytes, rows: int, cols: int, dtype: str, has_min: bool = False
+    data: Bytes,
+    rows: int,
+    cols: int,
+    dtype: str,
+    has_min: bool = False,
+    rotated: bool = False,
 ) -> NDArray[np.float32]:
     """The values of a packed matrix, (rows, cols) float32: the inverse of `pack_matrix`."""
     if dtype in ("int8", "int4"):
-        return unpack_quantized(data, rows, cols, dtype, has_min).dequantize()
+        return unpack_quantized(data, rows, cols, dtype, has_min, rotated).dequantize()
     num_panels = -(-rows // PANEL_ROWS)
     panels = data.reshape(num_panels, panel_nbytes(cols, dtype))
     if dtype == "fp32":

@@ -1,4 +1,6 @@
-"""Matrices as groups of 32 small integers: `int8` and `int4`, the values of GGUF's Q8_0 and Q4_0.
+"""Matrices as groups of 32 small integers: `int8` and `int4`, the blocks of GGUF's Q8_0 and Q4_0.
+
+What we quantise ourselves is rotated before (rotation.py); blocks taken over from a file are not.
 
 Rows are independent and a group never crosses a row, so a matrix may be quantised in slices of
 rows with the same result; that is how the builders keep their memory bounded.
@@ -11,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-GROUP = 32
+from furiosa_llm.workers.artifact.rotation import GROUP, INPUTS_FACTOR, WEIGHTS_FACTOR, hadamard
 
 # Plain Q4_0 maps the largest value of a group to -8. Letting it fall elsewhere between 7 and 9
 # trades a little clipping of that value for a finer grid under the other 31, which is where most
@@ -19,9 +21,7 @@ GROUP = 32
 _INT4_EXTREMES = (8.0, 7.7, 7.4, 7.1, 8.4, 8.8)
 
 # Where the largest value of a group may fall. Plain Q8_0 knows 127 alone. A coarser grid often
-# meets the other 31 better, and weights that lay on a grid of few steps before (those of a 4-bit
-# file) meet one of these almost exactly: a quarter of the squared error is left there, and three
-# quarters for weights without such structure. Half the spacing would gain another hundredth.
+# meets the other 31 better.
 _INT8_EXTREMES = range(127, 100, -1)
 
 _MAX_FLOAT16 = 65504.0
@@ -32,12 +32,13 @@ class QuantizedRows:
     """Rows of a matrix in groups of 32: w = scale * q, with what `q` is offset by said here.
 
     int8: w = scale * q, q int8. int4: q uint8 in 0..15; w = scale * (q - 8), or, where there are
-    mins, w = scale * q + min.
+    mins, w = scale * q + min. With `rotated` those w are WEIGHTS_FACTOR * H times the weights.
     """
 
     q: NDArray[np.int8] | NDArray[np.uint8]  # (rows, cols)
     scales: NDArray[np.float16]  # (rows, cols / 32)
     mins: NDArray[np.float16] | None = None  # (rows, cols / 32)
+    rotated: bool = False
 
     @property
     def dtype(self) -> str:
@@ -51,10 +52,12 @@ class QuantizedRows:
         if self.mins is not None:
             return self
         mins = self.scales.astype(np.float32) * np.float32(-8)
-        return QuantizedRows(self.q, self.scales, _as_float16(mins))
+        return QuantizedRows(self.q, self.scales, _as_float16(mins), self.rotated)
 
     def dequantize(self) -> NDArray[np.float32]:
-        """(rows, cols) float32; each value is one float32 product (and sum) of its parts."""
+        """(rows, cols) float32: each value one float32 product (and sum) of its parts, and, where
+        they are rotated, rotated back.
+        """
         rows, cols = self.q.shape
         scales = self.scales.astype(np.float32)[:, :, None]
         values = self.q.reshape(rows, cols // GROUP, GROUP).astype(np.float32)
@@ -64,24 +67,25 @@ class QuantizedRows:
             values = (values - np.float32(8)) * scales
         else:
             values = values * scales
-        return values.reshape(rows, cols)
+        values = values.reshape(rows, cols)
+        return hadamard(values) * INPUTS_FACTOR if self.rotated else values
 
 
 def quantize(values: NDArray[np.float32], dtype: str) -> QuantizedRows:
-    """Quantise `values` (rows, cols), cols a multiple of 32, to `int8` or `int4`.
+    """Rotate and quantise `values` (rows, cols), cols a multiple of 32, to `int8` or `int4`.
 
     Raises: ValueError for values that are not finite, or so large that a scale is not a float16.
     """
-    return quantize_int8(values) if dtype == "int8" else quantize_int4(values)
+    groups = _groups_of(values)
+    return _quantize_int8(groups) if dtype == "int8" else _quantize_int4(groups)
 
 
-def quantize_int8(values: NDArray[np.float32]) -> QuantizedRows:
+def _quantize_int8(groups: NDArray[np.float32]) -> QuantizedRows:
     """Symmetric, -127..127: per group the grid of least squared error among a few.
 
     As for int4, each candidate's integers get their own least-squares scale. The error is measured
     with that scale as it is stored, a float16, so that its rounding counts.
     """
-    groups = _groups_of(values)
     amax = np.abs(groups).max(axis=2)
     best_scales = np.zeros(amax.shape, np.float16)
     best_error = np.full_like(amax, np.inf)
@@ -96,17 +100,16 @@ def quantize_int8(values: NDArray[np.float32]) -> QuantizedRows:
         best_error = np.where(better, error, best_error)
         best_scales = np.where(better, scales, best_scales)
     q = _nearest(groups, _inverse(best_scales), 127)
-    return QuantizedRows(q.astype(np.int8).reshape(values.shape), best_scales)
+    return QuantizedRows(q.astype(np.int8).reshape(len(q), -1), best_scales, rotated=True)
 
 
-def quantize_int4(values: NDArray[np.float32]) -> QuantizedRows:
+def _quantize_int4(groups: NDArray[np.float32]) -> QuantizedRows:
     """Symmetric, -8..7: per group the grid of least squared error among a few.
 
     For each candidate grid the integers are rounded, the least-squares scale for those integers
     is <w, q> / <q, q>, and the error it leaves is <w, w> - <w, q>^2 / <q, q>; the candidate that
     leaves the least wins. The scale's sign says which side of zero has the eighth step.
     """
-    groups = _groups_of(values)
     amax = np.abs(groups).max(axis=2)
     best_scale = np.zeros_like(amax)
     best_gain = np.full_like(amax, -1)
@@ -122,7 +125,7 @@ def quantize_int4(values: NDArray[np.float32]) -> QuantizedRows:
             best_scale = np.where(better, sign * dot / norm, best_scale)
     scales = _as_float16(best_scale)
     q = np.clip(np.rint(groups * _inverse(scales)[:, :, None]), -8, 7) + 8
-    return QuantizedRows(q.astype(np.uint8).reshape(values.shape), scales)
+    return QuantizedRows(q.astype(np.uint8).reshape(len(q), -1), scales, rotated=True)
 
 
 def _groups_of(values: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -130,7 +133,11 @@ def _groups_of(values: NDArray[np.float32]) -> NDArray[np.float32]:
     assert cols % GROUP == 0, f"{cols} columns are not whole groups of {GROUP}"
     if not np.isfinite(values).all():
         raise ValueError("it holds values that are not finite (NaN or infinity)")
-    return values.reshape(rows, cols // GROUP, GROUP)
+    with np.errstate(over="ignore", invalid="ignore"):
+        rotated = hadamard(values) * WEIGHTS_FACTOR
+    if not np.isfinite(rotated).all():
+        raise ValueError("it holds values too large for a scale in float16; use bf16")
+    return rotated.reshape(rows, cols // GROUP, GROUP)
 
 
 def _nearest(

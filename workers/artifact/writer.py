@@ -84,7 +84,7 @@ class ArtifactWriter:
     def add_vector(self, name: str, values: NDArray[np.float32]) -> None:
         """Append a vector, (cols,)."""
         packed = np.ascontiguousarray(values, dtype="<f4").view(np.uint8)
-        self._add(name, VECTOR, 1, len(values), False, [packed])
+        self._add(name, VECTOR, 1, len(values), [packed])
 
     def add_matrix(
         self,
@@ -95,9 +95,10 @@ class ArtifactWriter:
         panels: Iterable[NDArray[np.uint8]],
         *,
         has_min: bool = False,
+        rotated: bool = False,
     ) -> None:
         """Append a packed matrix that comes in slices of whole panels."""
-        self._add(name, dtype, rows, cols, has_min, panels)
+        self._add(name, dtype, rows, cols, panels, has_min, rotated)
 
     def finish(
         self,
@@ -164,8 +165,9 @@ class ArtifactWriter:
         dtype: str,
         rows: int,
         cols: int,
-        has_min: bool,
         slices: Iterable[NDArray[np.uint8]],
+        has_min: bool = False,
+        rotated: bool = False,
     ) -> None:
         assert name not in self._tensors, f"tensor {name} was added twice"
         digest = hashlib.sha256()
@@ -177,7 +179,7 @@ class ArtifactWriter:
                 self._weights.write(piece.data)
             digest.update(piece.data)
         nbytes = self._weights.tell() - offset
-        entry = TensorEntry(dtype, rows, cols, has_min, offset, nbytes, digest.hexdigest())
+        entry = TensorEntry(dtype, rows, cols, has_min, rotated, offset, nbytes, digest.hexdigest())
         assert nbytes == entry_nbytes(entry), f"tensor {name}: {nbytes} bytes were packed"
         self._tensors[name] = entry
 

@@ -219,6 +219,7 @@ def tensor_struct(tensor: Tensor) -> FsTensor:
         rows=tensor.rows,
         cols=tensor.cols,
         has_min=tensor.has_min,
+        rotated=tensor.rotated,
     )
 
 

@@ -35,6 +35,7 @@ class FsTensor(ctypes.Structure):
         ("rows", c_int32),
         ("cols", c_int32),
         ("has_min", c_int32),
+        ("rotated", c_int32),
     )
 
 

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from furiosa_llm.workers.artifact.artifact import Tensor
-from furiosa_llm.workers.artifact.packing import unpack_matrix, unpack_quantized
-from furiosa_llm.workers.artifact.quantize import GROUP
+from furiosa_llm.workers.artifact.packing import unpack_quantized
+from furiosa_llm.workers.artifact.rotation import GROUP, INPUTS_FACTOR, hadamard
 from furiosa_llm.workers.executor import Float32, Int32
 
 # One BLAS call multiplies (TILE_ROWS, at most MAX_COLS) by (PANEL_ROWS, the same) transposed. That
@@ -23,6 +23,11 @@ from furiosa_llm.workers.executor import Float32, Int32
 TILE_ROWS = 8
 PANEL_ROWS = 16
 MAX_COLS = 2048
+
+# The largest of a group of quantised inputs. Rotated groups have no outliers and so lose little
+# with half the levels; byte products with int8 weights then fit 16 bits as x86 multiplies them.
+INPUT_LEVELS, ROTATED_INT8_LEVELS = 127, 64
+LEAST_SCALE = np.float32(2.0**-100)  # the inverse of less may be no float
 
 
 class Matrix(Protocol):
@@ -41,9 +46,13 @@ def load_matrix(tensor: Tensor) -> Matrix:
     """The matrix that an artifact's tensor holds, in whichever of the four weight types."""
     if tensor.dtype in ("int8", "int4"):
         return QuantizedMatrix(tensor)
-    return FloatMatrix(
-        unpack_matrix(tensor.data, tensor.rows, tensor.cols, tensor.dtype, tensor.has_min)
-    )
+    return FloatMatrix(tensor.unpack())
+
+
+def input_levels(tensor: Tensor) -> int:
+    """What the largest value of a group becomes when inputs are quantised for this matrix."""
+    is_rotated_int8 = tensor.rotated and tensor.dtype == "int8"
+    return ROTATED_INT8_LEVELS if is_rotated_int8 else INPUT_LEVELS
 
 
 class FloatMatrix:
@@ -99,13 +108,15 @@ class QuantizedMatrix:
     y = sum over the groups, left to right, of (sum of q_w * q_x) * (scale_w * scale_x), and with
     mins also of min_w * (scale_x * sum of q_x); in float32. The inner sums stay below
     32 * 128 * 127 < 2^24, so float32 holds them exactly and BLAS may add in any order.
+    Where the weights are rotated, x is rotated before it is quantised.
     """
 
     def __init__(self, tensor: Tensor) -> None:
         blocks = unpack_quantized(
-            tensor.data, tensor.rows, tensor.cols, tensor.dtype, tensor.has_min
+            tensor.data, tensor.rows, tensor.cols, tensor.dtype, tensor.has_min, tensor.rotated
         )
-        self._blocks = blocks
+        self._rotated = tensor.rotated
+        self._levels = input_levels(tensor)
         q = blocks.q.reshape(tensor.rows, -1, GROUP).transpose(1, 0, 2).astype(np.float32)
         if blocks.dtype == "int4" and blocks.mins is None:
             q -= 8
@@ -122,10 +133,13 @@ class QuantizedMatrix:
         q = self._q[:, ids] * self._scales[:, ids]
         if self._mins is not None:
             q += self._mins[:, ids]
-        return q.transpose(1, 0, 2).reshape(len(ids), -1)
+        rows = q.transpose(1, 0, 2).reshape(len(ids), -1)
+        return hadamard(rows) * INPUTS_FACTOR if self._rotated else rows
 
     def _tile_product(self, x: Float32) -> Float32:
-        q, scales = quantize_activations(x)
+        q, scales = quantize_activations(hadamard(x) if self._rotated else x, self._levels)
+        if self._rotated:
+            scales *= INPUTS_FACTOR
         dots = np.matmul(self._q, q.transpose(1, 2, 0))  # (groups, rows, n)
         total = np.zeros(dots.shape[1:], np.float32)
         for group in range(len(dots)):
@@ -136,19 +150,21 @@ class QuantizedMatrix:
         return np.ascontiguousarray(total.T)
 
 
-def quantize_activations(x: Float32) -> tuple[Float32, Float32]:
-    """Quantise each row in groups of 32: scale = max|x| / 127, q = x / scale, half to even.
+def quantize_activations(x: Float32, levels: int = INPUT_LEVELS) -> tuple[Float32, Float32]:
+    """Quantise each row in groups of 32: scale = max|x| / levels, q = x * (1 / scale) rounded.
 
     Args:
         x: (n, cols) float32, cols a multiple of 32.
-    Returns: q (n, groups, 32), whole numbers of -127 .. 127 held as float32; scales (n, groups)
-        float32, 0 for a group of zeros.
+        levels: see `input_levels`.
+    Returns: q (n, groups, 32), whole numbers of -levels .. levels held as float32 (halves went to
+        even); scales
+        (n, groups) float32, 0 for a group of zeros or of less than LEAST_SCALE.
     """
     groups = x.reshape(len(x), x.shape[1] // GROUP, GROUP)
-    scales = np.abs(groups).max(axis=2) / np.float32(127)
-    wide = scales[:, :, None]
-    q = np.rint(np.divide(groups, wide, out=np.zeros_like(groups), where=wide > 0))
-    return q, scales
+    scales = np.abs(groups).max(axis=2) / np.float32(levels)
+    scales[scales < LEAST_SCALE] = 0
+    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales > 0)
+    return np.rint(groups * inverse[:, :, None]), scales
 
 
 def _by_group(values: NDArray[np.float16]) -> Float32:

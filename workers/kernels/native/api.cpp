@@ -57,11 +57,11 @@ int32_t fs_matmul(const char* isa, const FsTensor* weights, const float* x, int3
     std::vector<int8_t> quants(static_cast<size_t>(num_values));
     std::vector<float> scales(static_cast<size_t>(num_groups)), scaled_sums(scales);
     std::vector<int32_t> sums(scales.size());
-    std::vector<int32_t> nibble_offsets(scales.size());
+    std::vector<int32_t> offsets(scales.size());
     const Activations input{w.cols,      values.data(),      quants.data(),        scales.data(),
-                            sums.data(), scaled_sums.data(), nibble_offsets.data()};
+                            sums.data(), scaled_sums.data(), offsets.data()};
     for (int row = 0; row < num_rows && w.is_quantized(); ++row) {
-      kernels.quantize(input, row, 0, w.cols);
+      kernels.quantize(input, w, row, 0, w.cols);
     }
     const MappedMemory scratch(matmul_scratch_nbytes(w.cols));
     for (int row = 0; row < num_rows; row += kMaxMatmulRows) {

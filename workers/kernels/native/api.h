@@ -31,6 +31,7 @@ struct FsTensor {
   int32_t rows;
   int32_t cols;
   int32_t has_min;  // int4 only
+  int32_t rotated;  // int8 and int4 only
 };
 
 // Order of the tensor table: these, then the per-layer ones of layer 0, 1, ...

@@ -20,26 +20,26 @@
 #define DOT_SUMS_3 DOT_SUMS_2, [low2] "+x"(dot[2][0]), [high2] "+x"(dot[2][1])
 #define DOT_SUMS_4 DOT_SUMS_3, [low3] "+x"(dot[3][0]), [high3] "+x"(dot[3][1])
 
-// Defines NAME<Rows>(dot, weights, x, stride): dot += what GROUP(Rows) says. CONSTANT and its name
-// are the one register that is only read.
-#define DEFINE_DOT_CASE(ROWS, GROUP, CONSTANT)                                                  \
+// Defines NAME<Rows>(dot, weights, x, stride): dot += what GROUP(Rows) says. CONSTANT and SIGN are
+// registers that are only read.
+#define DEFINE_DOT_CASE(ROWS, GROUP, CONSTANT, SIGN)                                                  \
   if constexpr (Rows == ROWS) {                                                                 \
     asm volatile(GROUP(DOT_ROWS_##ROWS)                                                         \
                  : DOT_SUMS_##ROWS, [in] "=&x"(in), [t] "=&x"(t), [low] "=&x"(low),             \
                    [high] "=&x"(high)                                                           \
                  : [w] "r"(weights), [x] "r"(x), [stride] "r"(stride), [stride3] "r"(3 * stride), \
-                   [constant] "x"(CONSTANT)                                                     \
+                   [constant] "x"(CONSTANT), [sign] "x"(SIGN)                                                     \
                  : "memory");                                                                   \
   }
-#define DEFINE_DOT(NAME, GROUP, CONSTANT)                                                       \
+#define DEFINE_DOT(NAME, GROUP, CONSTANT, SIGN)                                                       \
   template <int Rows>                                                                           \
   SIMD_INLINE void NAME(__m256i (&dot)[Rows][2], const uint8_t* weights, const int8_t* x,       \
                         int64_t stride) {                                                       \
     __m256i in, t, low, high;                                                                   \
-    DEFINE_DOT_CASE(1, GROUP, CONSTANT)                                                         \
-    DEFINE_DOT_CASE(2, GROUP, CONSTANT)                                                         \
-    DEFINE_DOT_CASE(3, GROUP, CONSTANT)                                                         \
-    DEFINE_DOT_CASE(4, GROUP, CONSTANT)                                                         \
+    DEFINE_DOT_CASE(1, GROUP, CONSTANT, SIGN)                                                         \
+    DEFINE_DOT_CASE(2, GROUP, CONSTANT, SIGN)                                                         \
+    DEFINE_DOT_CASE(3, GROUP, CONSTANT, SIGN)                                                         \
+    DEFINE_DOT_CASE(4, GROUP, CONSTANT, SIGN)                                                         \
   }
 
 #define DOT_INPUT(OFFSET, X) "vpbroadcastd " OFFSET X ", %[in]\n\t"
@@ -74,6 +74,20 @@
   "vmovdqa " #Q "*64(%[w]), %[low]\n\t"          \
   "vmovdqa " #Q "*64+32(%[w]), %[high]\n\t" ROWS(DOT_SPLIT_ROW, Q)
 
+// Weights + 128, unsigned, times inputs of at most 64, so that no sign has to be moved: a pair of
+// products is at most 2 * 255 * 64. The caller starts from -128 times the sum of the inputs.
+#define DOT_OFFSET_ROW(Q, X, D)             \
+  DOT_INPUT(#Q "*4", X)                     \
+  "vpmaddubsw %[in], %[low], %[t]\n\t"      \
+  "vpmaddubsw %[in], %[high], %[in]\n\t"    \
+  "vpmaddwd %[constant], %[t], %[t]\n\t"    \
+  "vpmaddwd %[constant], %[in], %[in]\n\t"  \
+  "vpaddd %[t], %[low" D "], %[low" D "]\n\t" \
+  "vpaddd %[in], %[high" D "], %[high" D "]\n\t"
+#define DOT_OFFSET_QUAD(ROWS, Q)                  \
+  "vpxor " #Q "*64(%[w]), %[sign], %[low]\n\t"    \
+  "vpxor " #Q "*64+32(%[w]), %[sign], %[high]\n\t" ROWS(DOT_OFFSET_ROW, Q)
+
 // Nibbles as bytes: at most 15, so that a lane's 16 products of a group are at most 15 * 127 * 16 =
 // 30480 and the whole group stays in 16 bits.
 #define DOT_NIBBLE_PRODUCTS(D)             \
@@ -104,10 +118,12 @@
 
 #define DOT_INT8_GROUP(ROWS) DOT_ALL_QUADS(DOT_INT8_QUAD, ROWS)
 #define DOT_SPLIT_GROUP(ROWS) DOT_ALL_QUADS(DOT_SPLIT_QUAD, ROWS)
+#define DOT_OFFSET_GROUP(ROWS) DOT_ALL_QUADS(DOT_OFFSET_QUAD, ROWS)
 #define DOT_NIBBLE_GROUP(ROWS) DOT_ALL_QUADS(DOT_NIBBLE_QUAD, ROWS)
 #define DOT_INT4_GROUP(ROWS) DOT_FOUR_QUADS(DOT_INT4_QUADS, ROWS)
 
-DEFINE_DOT(dot_int8, DOT_INT8_GROUP, _mm256_set1_epi16(1))
-DEFINE_DOT(dot_split_int8, DOT_SPLIT_GROUP, _mm256_set1_epi16(1))
-DEFINE_DOT(dot_int4, DOT_INT4_GROUP, _mm256_set1_epi8(15))
-DEFINE_DOT(dot_nibbles, DOT_NIBBLE_GROUP, _mm256_set1_epi8(15))
+DEFINE_DOT(dot_int8, DOT_INT8_GROUP, _mm256_set1_epi16(1), _mm256_setzero_si256())
+DEFINE_DOT(dot_split_int8, DOT_SPLIT_GROUP, _mm256_set1_epi16(1), _mm256_setzero_si256())
+DEFINE_DOT(dot_offset_int8, DOT_OFFSET_GROUP, _mm256_set1_epi16(1), _mm256_set1_epi8(-128))
+DEFINE_DOT(dot_int4, DOT_INT4_GROUP, _mm256_set1_epi8(15), _mm256_setzero_si256())
+DEFINE_DOT(dot_nibbles, DOT_NIBBLE_GROUP, _mm256_set1_epi8(15), _mm256_setzero_si256())

@@ -61,7 +61,7 @@ Engine::Buffers Engine::Buffers::from(Arena& arena, const FsEngineConfig& config
     x.scales = arena.take<float>(num_groups);
     x.sums = arena.take<int32_t>(num_groups);
     x.scaled_sums = arena.take<float>(num_groups);
-    x.nibble_offsets = arena.take<int32_t>(num_groups);
+    x.offsets = arena.take<int32_t>(num_groups);
     return x;
   };
   Buffers buffers;
@@ -212,7 +212,7 @@ void Engine::norm_row(int row, int64_t token, const float* weight, const Matrix&
   const int width = config_.hidden_size;
   kernels_.rms_norm(buffers_.input.values + int64_t{row} * width, buffers_.hidden + token * width,
                     weight, width, config_.rms_norm_eps);
-  if (next.is_quantized()) kernels_.quantize(buffers_.input, row, 0, width);
+  if (next.is_quantized()) kernels_.quantize(buffers_.input, next, row, 0, width);
 }
 
 // inner = silu(gate) * up, as `down` wants it. Gate and up go through a small buffer, a stretch of
@@ -253,7 +253,7 @@ void Engine::gate_up(int num_rows, const LayerWeights& weights) {
       const int64_t place = int64_t{row - first_row} * kStretch;
       kernels_.swiglu(buffers_.inner.values + int64_t{row} * width + begin, parts[0] + place,
                       parts[1] + place, end - begin);
-      if (is_quantized) kernels_.quantize(buffers_.inner, row, begin, end);
+      if (is_quantized) kernels_.quantize(buffers_.inner, weights.down, row, begin, end);
     }
   });
 }

@@ -101,7 +101,7 @@ void Engine::attend(const FsBatch& batch, int layer) {
   if (is_shared_out_) merge_parts(next);
   if (!are_heads_whole_groups() && next.is_quantized()) {
     for_rows(batch.num_tokens,
-             [&](int row, int) { kernels_.quantize(buffers_.input, row, 0, q_size_); });
+             [&](int row, int) { kernels_.quantize(buffers_.input, next, row, 0, q_size_); });
   }
 }
 
@@ -179,7 +179,7 @@ void Engine::quantize_heads(const QueryRun& run, int kv_head, const Matrix& next
   if (!next.is_quantized() || !are_heads_whole_groups()) return;
   const int width = q_size_ / config_.num_kv_heads;
   for (int token = run.first_token; token < run.first_token + run.num_tokens; ++token) {
-    kernels_.quantize(buffers_.input, token, kv_head * width, (kv_head + 1) * width);
+    kernels_.quantize(buffers_.input, next, token, kv_head * width, (kv_head + 1) * width);
   }
 }
 

@@ -17,12 +17,13 @@ struct Activations {
   int cols;
   float* values;       // (rows, cols)
   int8_t* quants;      // (rows, cols): values / scale, rounded half to even
-  float* scales;       // (rows, cols/32): max|x| of the group / 127
+  float* scales;       // (rows, cols/32): what a quant of the group stands for
   int32_t* sums;       // (rows, cols/32): sum of the group's quants
   float* scaled_sums;  // (rows, cols/32): scale * sum
-  // (rows, cols/32): what a nibble's offset of 8 takes from a group, as two int16 in one int32:
-  // -8 * (sum of the quants at index % 4 < 2) in the low half, the other quants' in the high half.
-  int32_t* nibble_offsets;
+  // (rows, cols/32): what undoes the offset that makes weights unsigned. For int8, -128 * sum. For
+  // int4, two int16: -8 * (sum of the quants at index % 4 < 2) in the low half, the other quants'
+  // in the high half.
+  int32_t* offsets;
 };
 
 // The result of a matmul and what is folded into it.
@@ -94,9 +95,10 @@ struct KernelTable {
   MatmulKernel matmul[4];  // by FsDtype
   // Row kernels. n, cols, head_dim: any positive number (head_dim: a multiple of 8).
   void (*rms_norm)(float* y, const float* x, const float* weight, int cols, float eps);
-  // Fills the quantised fields of one row from `values`, columns [col_begin, col_end), both at
-  // multiples of 32.
-  void (*quantize)(const Activations& x, int row, int col_begin, int col_end);
+  // Fills the quantised fields of one row from `values`, as `weights` wants them, columns
+  // [col_begin, col_end), both at multiples of 32.
+  void (*quantize)(const Activations& x, const Matrix& weights, int row, int col_begin,
+                   int col_end);
   void (*swiglu)(float* y, const float* gate, const float* up, int n);
   void (*rotate)(float* head, const float* cos, const float* sin, int head_dim);
   void (*bf16_from_float)(uint16_t* y, const float* x, int n);

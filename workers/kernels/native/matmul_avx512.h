@@ -73,7 +73,7 @@ struct Tile16Bf16 {
 };
 
 // vpdpbusd multiplies unsigned by signed bytes: the weights go in as w + 128, and the sum starts at
-// -128 times the sum of the inputs.
+// -128 times the sum of the inputs (Activations::offsets).
 template <int Rows>
 struct Tile16Int8 {
   static SIMD_INLINE void run(__m512 (&acc)[Rows], const uint8_t* panel, const Matrix& w,
@@ -87,7 +87,7 @@ struct Tile16Int8 {
       __m512i dot[Rows];
 #pragma GCC unroll 8
       for (int m = 0; m < Rows; ++m) {
-        dot[m] = _mm512_set1_epi32(-128 * x.sums[first + static_cast<int64_t>(m) * groups + g]);
+        dot[m] = _mm512_set1_epi32(x.offsets[first + static_cast<int64_t>(m) * groups + g]);
       }
 #pragma GCC unroll 8
       for (int quad = 0; quad < 8; ++quad) {

@@ -33,8 +33,9 @@ struct alignas(64) NibbleGroup {
   float scales[kPanelRows], mins[kPanelRows];
 };
 
-// A type of weights as it is packed (Packed...) or unpacked (Split, Nibbles): how to start a row's
-// dot products, add a group to them, and what they are then. `index` is the group of the row.
+// A type of weights as it is packed (Packed..., Rotated) or unpacked (Split, Nibbles): how to
+// start a row's dot products, add a group to them, and what they are then. `index` is the place of
+// the (first) row's group among all rows' groups.
 
 struct PackedInt8 {
   static constexpr bool kHasMin = false;
@@ -52,11 +53,24 @@ struct PackedInt8 {
     dot[0] = dot[1] = _mm256_setzero_si256();
   }
   template <int Rows>
-  SIMD_INLINE void add(__m256i (&dot)[Rows][2], const Group& group, const int8_t* x,
-                       int64_t stride) const {
-    dot_int8<Rows>(dot, group.weights, x, stride);
+  SIMD_INLINE void add(__m256i (&dot)[Rows][2], const Group& group, const Activations& x,
+                       int64_t index) const {
+    dot_int8<Rows>(dot, group.weights, x.quants + index * kGroupSize, x.cols);
   }
   static SIMD_INLINE F8 value(__m256i dot) { return _mm256_cvtepi32_ps(dot); }
+};
+
+// Rotated weights, whose inputs are at most 64: however many rows, the panel as it is packed.
+struct RotatedInt8 : PackedInt8 {
+  using PackedInt8::PackedInt8;
+  SIMD_INLINE void start(__m256i (&dot)[2], int, const Activations& x, int64_t index) const {
+    dot[0] = dot[1] = _mm256_set1_epi32(x.offsets[index]);
+  }
+  template <int Rows>
+  SIMD_INLINE void add(__m256i (&dot)[Rows][2], const Group& group, const Activations& x,
+                       int64_t index) const {
+    dot_offset_int8<Rows>(dot, group.weights, x.quants + index * kGroupSize, x.cols);
+  }
 };
 
 struct SplitInt8 {
@@ -72,9 +86,9 @@ struct SplitInt8 {
     dot[0] = _mm256_load_si256(negatives), dot[1] = _mm256_load_si256(negatives + 1);
   }
   template <int Rows>
-  SIMD_INLINE void add(__m256i (&dot)[Rows][2], const Group& group, const int8_t* x,
-                       int64_t stride) const {
-    dot_split_int8<Rows>(dot, group.weights, x, stride);
+  SIMD_INLINE void add(__m256i (&dot)[Rows][2], const Group& group, const Activations& x,
+                       int64_t index) const {
+    dot_split_int8<Rows>(dot, group.weights, x.quants + index * kGroupSize, x.cols);
   }
   static SIMD_INLINE F8 value(__m256i dot) { return _mm256_cvtepi32_ps(dot); }
 };
@@ -83,7 +97,7 @@ struct SplitInt8 {
 template <bool HasMin>
 SIMD_INLINE void start_nibbles(__m256i (&dot)[2], const Activations& x, int64_t index) {
   dot[0] = dot[1] =
-      HasMin ? _mm256_setzero_si256() : _mm256_set1_epi32(x.nibble_offsets[index]);
+      HasMin ? _mm256_setzero_si256() : _mm256_set1_epi32(x.offsets[index]);
 }
 SIMD_INLINE F8 value_of_nibbles(__m256i dot) {
   return _mm256_cvtepi32_ps(_mm256_madd_epi16(dot, _mm256_set1_epi16(1)));
@@ -109,9 +123,9 @@ struct PackedInt4 {
     start_nibbles<HasMin>(dot, x, index);
   }
   template <int Rows>
-  SIMD_INLINE void add(__m256i (&dot)[Rows][2], const Group& group, const int8_t* x,
-                       int64_t stride) const {
-    dot_int4<Rows>(dot, group.weights, x, stride);
+  SIMD_INLINE void add(__m256i (&dot)[Rows][2], const Group& group, const Activations& x,
+                       int64_t index) const {
+    dot_int4<Rows>(dot, group.weights, x.quants + index * kGroupSize, x.cols);
   }
   static SIMD_INLINE F8 value(__m256i dot) { return value_of_nibbles(dot); }
 };
@@ -131,9 +145,9 @@ struct Nibbles {
     start_nibbles<HasMin>(dot, x, index);
   }
   template <int Rows>
-  SIMD_INLINE void add(__m256i (&dot)[Rows][2], const Group& group, const int8_t* x,
-                       int64_t stride) const {
-    dot_nibbles<Rows>(dot, group.weights, x, stride);
+  SIMD_INLINE void add(__m256i (&dot)[Rows][2], const Group& group, const Activations& x,
+                       int64_t index) const {
+    dot_nibbles<Rows>(dot, group.weights, x.quants + index * kGroupSize, x.cols);
   }
   static SIMD_INLINE F8 value(__m256i dot) { return value_of_nibbles(dot); }
 };
@@ -165,15 +179,14 @@ class Prefetch {
 template <int Rows, class Weights>
 SIMD_INLINE void add_groups(float* sums, const Weights& weights, int count, int first_group,
                             const Activations& x, int row, Prefetch& prefetch) {
-  const int64_t stride = x.cols, num_groups = x.cols / kGroupSize;
+  const int64_t num_groups = x.cols / kGroupSize;
   const int64_t first = row * num_groups + first_group;
-  const int8_t* quants = x.quants + row * stride + int64_t{first_group} * kGroupSize;
-  for (int g = 0; g < count; ++g, quants += kGroupSize) {
+  for (int g = 0; g < count; ++g) {
     prefetch.advance();
     const Group group = weights.group(g);
     __m256i dot[Rows][2];
     for (int m = 0; m < Rows; ++m) weights.start(dot[m], g, x, first + m * num_groups + g);
-    weights.template add<Rows>(dot, group, quants, stride);
+    weights.template add<Rows>(dot, group, x, first + g);
 #pragma GCC unroll 4
     for (int m = 0; m < Rows; ++m) {
       const int64_t index = first + m * num_groups + g;
@@ -220,13 +233,11 @@ SIMD_INLINE Prefetch next_panel(const Matrix& w, int panel, int num_rows) {
                   int64_t{(num_rows + 3) / 4} * w.num_groups());
 }
 
-// Few rows, whose sums are on the stack.
-constexpr int kFewRows = 40;
-static_assert(kManyInt8Rows <= kFewRows && kManyInt4Rows <= kFewRows, "they have to fit");
+// A panel as it is packed; `scratch` holds the sums.
 template <class Weights>
 SIMD_INLINE void multiply_packed(const Matrix& w, int panel, const Activations& x, int row_begin,
-                                 int row_end, const Output& out) {
-  alignas(32) float sums[kFewRows * kPanelRows];
+                                 int row_end, const Output& out, void* scratch) {
+  float* sums = static_cast<float*>(scratch);
   std::memset(sums, 0, static_cast<size_t>(row_end - row_begin) * kPanelRows * sizeof(float));
   Prefetch prefetch = next_panel(w, panel, row_end - row_begin);
   add_groups(sums, Weights(w, w.panel(panel)), w.num_groups(), 0, x, row_begin, row_end, prefetch);
@@ -286,11 +297,18 @@ SIMD_INLINE void unpack_int4(NibbleGroup& to, const Group& from) {
   }
 }
 
-void matmul_int8(const Matrix& w, int panel_begin, int panel_end, const Activations& x,
-                 int row_begin, int row_end, const Output& out, void* scratch) {
+void matmul_rotated_int8(const Matrix& w, int panel_begin, int panel_end, const Activations& x,
+                         int row_begin, int row_end, const Output& out, void* scratch) {
+  for (int panel = panel_begin; panel < panel_end; ++panel) {
+    multiply_packed<RotatedInt8>(w, panel, x, row_begin, row_end, out, scratch);
+  }
+}
+
+void matmul_raw_int8(const Matrix& w, int panel_begin, int panel_end, const Activations& x,
+                     int row_begin, int row_end, const Output& out, void* scratch) {
   for (int panel = panel_begin; panel < panel_end; ++panel) {
     if (row_end - row_begin < kManyInt8Rows) {
-      multiply_packed<PackedInt8>(w, panel, x, row_begin, row_end, out);
+      multiply_packed<PackedInt8>(w, panel, x, row_begin, row_end, out, scratch);
       continue;
     }
     const PackedInt8 packed(w, w.panel(panel));
@@ -300,12 +318,18 @@ void matmul_int8(const Matrix& w, int panel_begin, int panel_end, const Activati
   }
 }
 
+void matmul_int8(const Matrix& w, int panel_begin, int panel_end, const Activations& x,
+                 int row_begin, int row_end, const Output& out, void* scratch) {
+  const MatmulKernel kernel = w.is_rotated ? matmul_rotated_int8 : matmul_raw_int8;
+  kernel(w, panel_begin, panel_end, x, row_begin, row_end, out, scratch);
+}
+
 template <bool HasMin>
 void matmul_int4(const Matrix& w, int panel_begin, int panel_end, const Activations& x,
                  int row_begin, int row_end, const Output& out, void* scratch) {
   for (int panel = panel_begin; panel < panel_end; ++panel) {
     if (row_end - row_begin < kManyInt4Rows) {
-      multiply_packed<PackedInt4<HasMin>>(w, panel, x, row_begin, row_end, out);
+      multiply_packed<PackedInt4<HasMin>>(w, panel, x, row_begin, row_end, out, scratch);
       continue;
     }
     const PackedInt4<HasMin> packed(w, w.panel(panel));

@@ -25,6 +25,20 @@ void check_shape(const FsTensor& tensor, const char* name, int rows, int cols) {
   }
 }
 
+// The weights of a rotated row: H / 8 times what is stored, in the order of workers/artifact/rotation.py.
+void rotate_back(float* row, int cols) {
+  for (int distance = 1; distance < kGroupSize; distance *= 2) {
+    for (int begin = 0; begin < cols; begin += 2 * distance) {
+      for (int i = begin; i < begin + distance; ++i) {
+        const float a = row[i], b = row[i + distance];
+        row[i] = a + b;
+        row[i + distance] = a - b;
+      }
+    }
+  }
+  for (int i = 0; i < cols; ++i) row[i] *= 0.125f;
+}
+
 size_t panel_bytes(const FsTensor& tensor) {
   const size_t cols = static_cast<size_t>(tensor.cols), groups = cols / kGroupSize;
   switch (tensor.dtype) {
@@ -52,6 +66,7 @@ Matrix matrix_from(const FsTensor& tensor, const char* name, int rows, int cols)
   matrix.data = static_cast<const uint8_t*>(tensor.data);
   matrix.dtype = static_cast<FsDtype>(tensor.dtype);
   matrix.has_min = tensor.has_min != 0;
+  matrix.is_rotated = tensor.rotated != 0;
   matrix.rows = rows;
   matrix.cols = cols;
   matrix.num_panels = (rows + kPanelRows - 1) / kPanelRows;
@@ -114,7 +129,7 @@ void unpack_row(const Matrix& matrix, int row, float* out) noexcept {
           out[g * kGroupSize + i] = scale * static_cast<float>(static_cast<int8_t>(byte));
         }
       }
-      return;
+      break;
     }
     case kInt4: {
       const uint16_t* scales = reinterpret_cast<const uint16_t*>(panel + cols * kPanelRows / 2);
@@ -129,9 +144,10 @@ void unpack_row(const Matrix& matrix, int row, float* out) noexcept {
           out[g * kGroupSize + i] = scale * static_cast<float>(quant) + min;
         }
       }
-      return;
+      break;
     }
   }
+  if (matrix.is_rotated) rotate_back(out, cols);
 }
 
 }  // namespace furiosa

@@ -15,6 +15,7 @@ struct Matrix {
   const uint8_t* data = nullptr;
   FsDtype dtype = kFp32;
   bool has_min = false;
+  bool is_rotated = false;  // groups of 32 went through a Walsh-Hadamard transform; so must inputs
   int rows = 0, cols = 0;
   int num_panels = 0;
   size_t panel_stride = 0;  // bytes from one panel to the next
@@ -22,6 +23,10 @@ struct Matrix {
   const uint8_t* panel(int index) const { return data + panel_stride * static_cast<size_t>(index); }
   bool is_quantized() const { return dtype == kInt8 || dtype == kInt4; }
   int num_groups() const { return cols / kGroupSize; }
+  // What the largest input of a group becomes when inputs are quantised for this matrix. Rotated
+  // inputs have no outliers and so lose little with half the levels; a pair of products with
+  // weights + 128 is then at most 2 * 255 * 64, which 16 bits hold.
+  int input_levels() const { return is_rotated && dtype == kInt8 ? 64 : 127; }
 };
 
 // Checks the tensor against its shape. Throws Failure(kInvalidArtifact) that names `name`.

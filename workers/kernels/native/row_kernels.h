@@ -78,29 +78,52 @@ void rotate(float* head, const float* cos, const float* sin, int head_dim) {
   }
 }
 
-void quantize(const Activations& x, int row, int col_begin, int col_end) {
+// H times a group, at distances 1, 2, 4, 8, 16 in turn: workers/artifact/rotation.py. Products with
+// 1 and -1 are exact, so that it is no matter whether a family fuses them.
+SIMD_INLINE void rotate_group(F8 (&group)[4]) {
+  static const float kSigns[3][8] = {{1, -1, 1, -1, 1, -1, 1, -1},
+                                     {1, 1, -1, -1, 1, 1, -1, -1},
+                                     {1, 1, 1, 1, -1, -1, -1, -1}};
+  for (F8& x : group) {
+    x = fma(x, load(kSigns[0]), swap_ones(x));
+    x = fma(x, load(kSigns[1]), swap_pairs(x));
+    x = fma(x, load(kSigns[2]), swap_halves(x));
+  }
+  const F8 a = add(group[0], group[1]), b = sub(group[0], group[1]);
+  const F8 c = add(group[2], group[3]), d = sub(group[2], group[3]);
+  group[0] = add(a, c), group[1] = add(b, d), group[2] = sub(a, c), group[3] = sub(b, d);
+}
+
+// Groups below are taken for zeros: the inverse of their scale would be no float.
+constexpr float kLeastScale = 0x1p-100f;
+
+void quantize(const Activations& x, const Matrix& weights, int row, int col_begin, int col_end) {
   const int64_t first = static_cast<int64_t>(row) * x.cols;
   const int64_t first_group = static_cast<int64_t>(row) * (x.cols / kGroupSize);
+  const float levels = static_cast<float>(weights.input_levels());
+  const float factor = weights.is_rotated ? 0.125f : 1.0f;  // a power of two: exact
   for (int col = col_begin; col < col_end; col += kGroupSize) {
     const float* values = x.values + first + col;
     int8_t* quants = x.quants + first + col;
-    const F8 left = max(abs(load(values)), abs(load(values + 8)));
-    const F8 right = max(abs(load(values + 16)), abs(load(values + 24)));
-    const float scale = max_lane(max(left, right)) / 127.0f;
+    F8 group[4] = {load(values), load(values + 8), load(values + 16), load(values + 24)};
+    if (weights.is_rotated) rotate_group(group);
+    const F8 largest = max(max(abs(group[0]), abs(group[1])), max(abs(group[2]), abs(group[3])));
+    float scale = max_lane(largest) / levels;
     int32_t sums[2] = {0, 0};  // of the quants at index % 4 < 2, and of the others
-    if (scale == 0.0f) {
+    if (scale < kLeastScale) {
+      scale = 0.0f;
       std::memset(quants, 0, kGroupSize);
     } else {
-      quantize_group(quants, values, scale, sums);
+      quantize_group(quants, group, 1.0f / scale, sums);
     }
-    const int64_t group = first_group + col / kGroupSize;
+    const int64_t index = first_group + col / kGroupSize;
     const int32_t total = sums[0] + sums[1];
-    x.scales[group] = scale;
-    x.sums[group] = total;
-    x.scaled_sums[group] = scale * static_cast<float>(total);
+    x.scales[index] = scale * factor;
+    x.sums[index] = total;
+    x.scaled_sums[index] = x.scales[index] * static_cast<float>(total);
     const uint32_t low = static_cast<uint32_t>(-8 * sums[0]) & 0xffffu;
-    x.nibble_offsets[group] =
-        static_cast<int32_t>(low | static_cast<uint32_t>(-8 * sums[1]) << 16);
+    const uint32_t halves = low | static_cast<uint32_t>(-8 * sums[1]) << 16;
+    x.offsets[index] = weights.dtype == kInt8 ? -128 * total : static_cast<int32_t>(halves);
   }
 }
 

@@ -57,15 +57,13 @@ SIMD_INLINE float max_lane(F8 x) {
   return _mm_cvtss_f32(_mm_max_ss(four, _mm_shuffle_ps(four, four, 1)));
 }
 
-SIMD_INLINE void quantize_group(int8_t* q, const float* x, float scale, int32_t* sums) {
-  const F8 divisor = splat(scale);
+SIMD_INLINE F8 swap_ones(F8 x) { return _mm256_permute_ps(x, 0xb1); }
+SIMD_INLINE F8 swap_pairs(F8 x) { return _mm256_permute_ps(x, 0x4e); }
+SIMD_INLINE F8 swap_halves(F8 x) { return _mm256_permute2f128_ps(x, x, 1); }
+
+SIMD_INLINE void quantize_group(int8_t* q, const F8 (&group)[4], float inverse, int32_t* sums) {
   __m256i words[4];
-  // More than 127 comes of scales so small that they have lost bits.
-  const __m256i most = _mm256_set1_epi32(127), least = _mm256_set1_epi32(-127);
-  for (int i = 0; i < 4; ++i) {
-    words[i] = _mm256_cvtps_epi32(div(load(x + 8 * i), divisor));
-    words[i] = _mm256_max_epi32(_mm256_min_epi32(words[i], most), least);
-  }
+  for (int i = 0; i < 4; ++i) words[i] = _mm256_cvtps_epi32(mul(group[i], splat(inverse)));
   // The packs work within 128-bit halves; the permutation puts the order right.
   const __m256i low = _mm256_packs_epi32(words[0], words[1]);
   const __m256i high = _mm256_packs_epi32(words[2], words[3]);

@@ -68,16 +68,18 @@ SIMD_INLINE float max_lane(F8 x) {
   return largest;
 }
 
-SIMD_INLINE void quantize_group(int8_t* q, const float* x, float scale, int32_t* sums) {
-  const float32x4_t divisor = vdupq_n_f32(scale);
-  // More than 127 comes of scales so small that they have lost bits.
-  const int32x4_t most = vdupq_n_s32(127), least = vdupq_n_s32(-127);
+SIMD_INLINE F8 swap_ones(F8 x) { return {vrev64q_f32(x.lo), vrev64q_f32(x.hi)}; }
+SIMD_INLINE F8 swap_pairs(F8 x) { return {vextq_f32(x.lo, x.lo, 2), vextq_f32(x.hi, x.hi, 2)}; }
+SIMD_INLINE F8 swap_halves(F8 x) { return {x.hi, x.lo}; }
+
+SIMD_INLINE void quantize_group(int8_t* q, const F8 (&group)[4], float inverse, int32_t* sums) {
   int32x4_t total = vdupq_n_s32(0);
   for (int i = 0; i < 32; i += 16) {
+    const F8 &first = group[i / 8], &second = group[i / 8 + 1];
+    const float32x4_t values[4] = {first.lo, first.hi, second.lo, second.hi};
     int32x4_t words[4];
     for (int j = 0; j < 4; ++j) {
-      const int32x4_t rounded = vcvtnq_s32_f32(vdivq_f32(vld1q_f32(x + i + 4 * j), divisor));
-      words[j] = vmaxq_s32(vminq_s32(rounded, most), least);
+      words[j] = vcvtnq_s32_f32(vmulq_n_f32(values[j], inverse));
       total = vaddq_s32(total, words[j]);
     }
     const int16x8_t low = vcombine_s16(vmovn_s32(words[0]), vmovn_s32(words[1]));

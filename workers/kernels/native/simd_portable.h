@@ -76,15 +76,23 @@ SIMD_INLINE float max_lane(F8 x) {
   return even > odd ? even : odd;
 }
 
-// q[i] = x[i] / scale rounded half to even, i < 32. sums[0]: of the q[i] with i % 4 < 2; sums[1]:
-// of the others.
-SIMD_INLINE void quantize_group(int8_t* q, const float* x, float scale, int32_t* sums) {
+// Lanes exchanged with their neighbours at a distance of 1, 2 and 4.
+SIMD_INLINE F8 swap_ones(F8 x) {
+  return {__builtin_shuffle(x.lo, I4{1, 0, 3, 2}), __builtin_shuffle(x.hi, I4{1, 0, 3, 2})};
+}
+SIMD_INLINE F8 swap_pairs(F8 x) {
+  return {__builtin_shuffle(x.lo, I4{2, 3, 0, 1}), __builtin_shuffle(x.hi, I4{2, 3, 0, 1})};
+}
+SIMD_INLINE F8 swap_halves(F8 x) { return {x.hi, x.lo}; }
+
+// q = group * inverse rounded half to even. sums[0]: of the q[i] with i % 4 < 2; sums[1]: of the
+// others. What is not a number becomes anything.
+SIMD_INLINE void quantize_group(int8_t* q, const F8 (&group)[4], float inverse, int32_t* sums) {
   for (int i = 0; i < 32; i += 8) {
     float rounded[8];
-    store(rounded, round(div(load(x + i), splat(scale))));
+    store(rounded, round(mul(group[i / 8], splat(inverse))));
     for (int l = 0; l < 8; ++l) {
-      const int32_t value = static_cast<int32_t>(rounded[l]);
-      q[i + l] = static_cast<int8_t>(value > 127 ? 127 : value < -127 ? -127 : value);
+      q[i + l] = std::fabs(rounded[l]) <= 127.0f ? static_cast<int8_t>(rounded[l]) : int8_t{0};
       sums[l % 4 / 2] += q[i + l];
     }
   }

@@ -88,7 +88,7 @@ int32_t fs_time_matmul(const char* isa, const FsTensor* weights, int32_t num_wei
     layout(arena, &x, &y, &scratch);
     fill(x.values, int64_t{num_rows} * first.cols);
     for (int row = 0; row < num_rows && first.is_quantized(); ++row) {
-      kernels.quantize(x, row, 0, first.cols);
+      kernels.quantize(x, first, row, 0, first.cols);
     }
 
     ThreadPool pool(std::vector<std::vector<int>>(static_cast<size_t>(num_pes)));
