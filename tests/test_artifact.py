@@ -105,7 +105,7 @@ DAMAGE = {
     ),
     "another shape": (lambda m: m["tensors"]["layers.0.o"].update(rows=32), "makes it 64 x 64"),
     "another dtype": (lambda m: m["tensors"]["embed"].update(dtype="fp64"), "unknown dtype"),
-    "a matrix as vector": (lambda m: m["tensors"]["embed"].update(dtype="vector"), "can be rotated"),
+    "a matrix as vector": (lambda m: m["tensors"]["embed"].update(dtype="vector"), "rotated"),
     "wrong size": (lambda m: m["tensors"]["embed"].update(nbytes=64), "has 64 bytes"),
     "rotated floats": (
         lambda m: m["tensors"]["layers.0.attn_norm"].update(rotated=True),

@@ -27,7 +27,7 @@ from furiosa_llm.workers.artifact.manifest import (
     weights_header,
 )
 from furiosa_llm.workers.artifact.model_config import ModelConfig
-from furiosa_llm.workers.artifact.packing import VECTOR
+from furiosa_llm.workers.artifact.sizes import VECTOR
 
 if TYPE_CHECKING:
     import numpy as np

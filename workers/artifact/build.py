@@ -17,26 +17,26 @@ from furiosa_llm.workers.artifact import gguf_model, hf
 from furiosa_llm.workers.artifact.encodings import PRECISIONS, precision_of
 from furiosa_llm.workers.artifact.layout import tensor_shapes
 from furiosa_llm.workers.artifact.memory import available_memory_bytes
-from furiosa_llm.workers.artifact.packing import (
+from furiosa_llm.workers.artifact.packing import pack_matrix, pack_quantized
+from furiosa_llm.workers.artifact.quantize import QuantizedRows, should_rotate
+from furiosa_llm.workers.artifact.sizes import (
     MATRIX_DTYPES,
     PANEL_ROWS,
     cols_multiple,
     matrix_nbytes,
-    pack_matrix,
-    pack_quantized,
 )
-from furiosa_llm.workers.artifact.quantize import QuantizedRows
 from furiosa_llm.workers.artifact.source import ModelSource, SourceMatrix
 from furiosa_llm.workers.artifact.writer import ArtifactWriter
 
 # Raised when the same source would be built into something else, so that caches build it anew.
-BUILDER_VERSION = 2
+BUILDER_VERSION = 3
 
 WEIGHT_CHOICES = ("auto", *MATRIX_DTYPES)
 
 # (what is being done, bytes or files done, of how many)
 Progress = Callable[[str, int, int], None]
 
+_SAMPLE_ROWS = 64
 _SLICE_VALUES = 2 << 20
 # A slice is held as float32 and, while it is quantised, as a dozen arrays of that size.
 _WORKING_NBYTES = _SLICE_VALUES * 4 * 12
@@ -49,10 +49,6 @@ class MatrixPlan:
     dtype: str
     has_min: bool = False
     is_exact: bool = False  # the stored integers are taken over as they are
-
-    @property
-    def rotated(self) -> bool:
-        return self.dtype in ("int8", "int4") and not self.is_exact
 
 
 def build_artifact(
@@ -117,7 +113,8 @@ def write_artifact(
                 writer.add_vector(name, source.vectors[name])
                 continue
             plan = plans[name]
-            panels = _packed_slices(name, source.matrices[name], plan)
+            rotated = _is_rotated(name, source.matrices[name], plan)
+            panels = _packed_slices(name, source.matrices[name], plan, rotated)
             writer.add_matrix(
                 name,
                 shape.rows,
@@ -125,7 +122,7 @@ def write_artifact(
                 plan.dtype,
                 panels,
                 has_min=plan.has_min,
-                rotated=plan.rotated,
+                rotated=rotated,
             )
             num_done += shape.rows * shape.cols
             if progress is not None:
@@ -161,8 +158,23 @@ def plan_matrix(name: str, parts: list[SourceMatrix], weights: str) -> MatrixPla
     return MatrixPlan(dtype, is_exact and "Q4_1" in encodings, is_exact)
 
 
+def _is_rotated(name: str, parts: list[SourceMatrix], plan: MatrixPlan) -> bool:
+    """Whether to rotate the matrix before it is quantised, judged by some rows of each part."""
+    if plan.is_exact or plan.dtype not in ("int8", "int4"):
+        return False
+    rows = [part.values(0, min(_SAMPLE_ROWS, part.rows)) for part in parts]
+    try:
+        return should_rotate(np.concatenate(rows), plan.dtype)
+    except ValueError as error:
+        raise _cannot_become(name, plan.dtype, error) from None
+
+
+def _cannot_become(name: str, dtype: str, error: ValueError) -> ArtifactError:
+    return ArtifactError(f"tensor {name!r} cannot become {dtype}: {error}")
+
+
 def _packed_slices(
-    name: str, parts: list[SourceMatrix], plan: MatrixPlan
+    name: str, parts: list[SourceMatrix], plan: MatrixPlan, rotated: bool
 ) -> Iterator[NDArray[np.uint8]]:
     """The matrix's panels, a slice of rows at a time."""
     rows, cols = sum(part.rows for part in parts), parts[0].cols
@@ -176,9 +188,9 @@ def _packed_slices(
                 values = np.concatenate([part.values(*piece) for part, piece in pieces])
                 if not np.isfinite(values).all():
                     raise ValueError("it holds values that are not finite (NaN or infinity)")
-                yield pack_matrix(values, plan.dtype)
+                yield pack_matrix(values, plan.dtype, rotated=rotated)
         except ValueError as error:
-            raise ArtifactError(f"tensor {name!r} cannot become {plan.dtype}: {error}") from None
+            raise _cannot_become(name, plan.dtype, error) from None
 
 
 def _pieces(

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from furiosa_llm.workers.artifact.packing import from_bf16
-from furiosa_llm.workers.artifact.quantize import GROUP, QuantizedRows
+from furiosa_llm.workers.artifact.quantize import QuantizedRows
+from furiosa_llm.workers.artifact.sizes import GROUP
 
 Raw = NDArray[np.uint8]
 

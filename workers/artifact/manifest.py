@@ -11,7 +11,7 @@ from typing import Any
 from furiosa_llm.errors import ArtifactError
 from furiosa_llm.workers.artifact.layout import check_config, tensor_shapes
 from furiosa_llm.workers.artifact.model_config import ModelConfig
-from furiosa_llm.workers.artifact.packing import (
+from furiosa_llm.workers.artifact.sizes import (
     ALIGNMENT,
     MATRIX_DTYPES,
     VECTOR,

@@ -11,37 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from furiosa_llm.workers.artifact.quantize import GROUP, QuantizedRows, quantize
-
-PANEL_ROWS = 16
-ALIGNMENT = 64
-
-VECTOR = "vector"
-MATRIX_DTYPES = ("fp32", "bf16", "int8", "int4")
+from furiosa_llm.workers.artifact.quantize import QuantizedRows, quantize
+from furiosa_llm.workers.artifact.sizes import (
+    GROUP,
+    PANEL_ROWS,
+    cols_multiple,
+    panel_nbytes,
+)
 
 Bytes = NDArray[np.uint8]
-
-
-def cols_multiple(dtype: str) -> int:
-    """What the columns of a matrix of this dtype must be a multiple of."""
-    return {"fp32": 1, "bf16": 2, "int8": GROUP, "int4": GROUP}[dtype]
-
-
-def panel_nbytes(cols: int, dtype: str, has_min: bool = False) -> int:
-    """Bytes from one panel's start to the next one's, a multiple of 64."""
-    groups = cols // GROUP
-    used = {
-        "fp32": cols * PANEL_ROWS * 4,
-        "bf16": cols * PANEL_ROWS * 2,
-        "int8": groups * PANEL_ROWS * (GROUP + 2),
-        "int4": groups * PANEL_ROWS * (GROUP // 2 + (4 if has_min else 2)),
-    }[dtype]
-    return -(-used // ALIGNMENT) * ALIGNMENT
-
-
-def matrix_nbytes(rows: int, cols: int, dtype: str, has_min: bool = False) -> int:
-    """Bytes of a whole packed matrix, the padding of its last panel included."""
-    return -(-rows // PANEL_ROWS) * panel_nbytes(cols, dtype, has_min)
 
 
 def to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
@@ -57,19 +35,21 @@ def from_bf16(halves: NDArray[np.uint16]) -> NDArray[np.float32]:
     return (halves.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
-def pack_matrix(values: NDArray[np.float32], dtype: str) -> Bytes:
+def pack_matrix(values: NDArray[np.float32], dtype: str, *, rotated: bool = True) -> Bytes:
     """Convert and pack a matrix.
 
     Args:
         values: (rows, cols) float32; cols even for bf16, a multiple of 32 for int8 and int4.
         dtype: fp32, bf16, int8 or int4.
+        rotated: of int8 and int4, whether groups are rotated before (see `quantize`).
     Returns: 1-D uint8 of `matrix_nbytes(rows, cols, dtype)` bytes, a new array.
     Raises: ValueError for values that the dtype cannot hold (see `quantize`).
     """
     cols = values.shape[1]
     _check_cols(cols, dtype)
     if dtype in ("int8", "int4"):
-        return pack_quantized(quantize(np.ascontiguousarray(values, np.float32), dtype))
+        values = np.ascontiguousarray(values, np.float32)
+        return pack_quantized(quantize(values, dtype, rotated=rotated))
     panels = _in_panels(np.asarray(values, dtype=np.float32))
     if dtype == "fp32":
         return _join([panels.transpose(0, 2, 1)], cols, dtype)

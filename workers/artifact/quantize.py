@@ -1,6 +1,7 @@
 """Matrices as groups of 32 small integers: `int8` and `int4`, the blocks of GGUF's Q8_0 and Q4_0.
 
-What we quantise ourselves is rotated before (rotation.py); blocks taken over from a file are not.
+What we quantise ourselves is rotated before (rotation.py) unless that makes it worse; blocks taken
+over from a file are not.
 
 Rows are independent and a group never crosses a row, so a matrix may be quantised in slices of
 rows with the same result; that is how the builders keep their memory bounded.
@@ -8,12 +9,13 @@ rows with the same result; that is how the builders keep their memory bounded.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from furiosa_llm.workers.artifact.rotation import GROUP, INPUTS_FACTOR, WEIGHTS_FACTOR, hadamard
+from furiosa_llm.workers.artifact.rotation import INPUTS_FACTOR, WEIGHTS_FACTOR, hadamard
+from furiosa_llm.workers.artifact.sizes import GROUP
 
 # Plain Q4_0 maps the largest value of a group to -8. Letting it fall elsewhere between 7 and 9
 # trades a little clipping of that value for a finer grid under the other 31, which is where most
@@ -71,13 +73,31 @@ class QuantizedRows:
         return hadamard(values) * INPUTS_FACTOR if self.rotated else values
 
 
-def quantize(values: NDArray[np.float32], dtype: str) -> QuantizedRows:
-    """Rotate and quantise `values` (rows, cols), cols a multiple of 32, to `int8` or `int4`.
+def quantize(values: NDArray[np.float32], dtype: str, *, rotated: bool = True) -> QuantizedRows:
+    """Quantise `values` (rows, cols), cols a multiple of 32, to `int8` or `int4`.
+
+    Args:
+        rotated: whether groups are rotated before.
 
     Raises: ValueError for values that are not finite, or so large that a scale is not a float16.
     """
-    groups = _groups_of(values)
-    return _quantize_int8(groups) if dtype == "int8" else _quantize_int4(groups)
+    groups = _groups_of(values, rotated)
+    quantized = _quantize_int8(groups) if dtype == "int8" else _quantize_int4(groups)
+    return replace(quantized, rotated=rotated)
+
+
+def should_rotate(values: NDArray[np.float32], dtype: str) -> bool:
+    """Whether to rotate a matrix of which these are some rows: always for int8, whose kernels are
+    faster so; for int4, unless it leaves clearly more error (inputs gain by it, too). That is when
+    the weights lie on a grid of few steps already, as those of a model distributed in 4 bits do.
+    """
+    if dtype == "int8":
+        return True
+    errors = [
+        np.square(quantize(values, dtype, rotated=rotated).dequantize() - values).sum()
+        for rotated in (True, False)
+    ]
+    return bool(errors[0] <= 1.1 * errors[1])
 
 
 def _quantize_int8(groups: NDArray[np.float32]) -> QuantizedRows:
@@ -100,7 +120,7 @@ def _quantize_int8(groups: NDArray[np.float32]) -> QuantizedRows:
         best_error = np.where(better, error, best_error)
         best_scales = np.where(better, scales, best_scales)
     q = _nearest(groups, _inverse(best_scales), 127)
-    return QuantizedRows(q.astype(np.int8).reshape(len(q), -1), best_scales, rotated=True)
+    return QuantizedRows(q.astype(np.int8).reshape(len(q), -1), best_scales)
 
 
 def _quantize_int4(groups: NDArray[np.float32]) -> QuantizedRows:
@@ -125,19 +145,20 @@ def _quantize_int4(groups: NDArray[np.float32]) -> QuantizedRows:
             best_scale = np.where(better, sign * dot / norm, best_scale)
     scales = _as_float16(best_scale)
     q = np.clip(np.rint(groups * _inverse(scales)[:, :, None]), -8, 7) + 8
-    return QuantizedRows(q.astype(np.uint8).reshape(len(q), -1), scales, rotated=True)
+    return QuantizedRows(q.astype(np.uint8).reshape(len(q), -1), scales)
 
 
-def _groups_of(values: NDArray[np.float32]) -> NDArray[np.float32]:
+def _groups_of(values: NDArray[np.float32], rotated: bool) -> NDArray[np.float32]:
     rows, cols = values.shape
     assert cols % GROUP == 0, f"{cols} columns are not whole groups of {GROUP}"
     if not np.isfinite(values).all():
         raise ValueError("it holds values that are not finite (NaN or infinity)")
-    with np.errstate(over="ignore", invalid="ignore"):
-        rotated = hadamard(values) * WEIGHTS_FACTOR
-    if not np.isfinite(rotated).all():
-        raise ValueError("it holds values too large for a scale in float16; use bf16")
-    return rotated.reshape(rows, cols // GROUP, GROUP)
+    if rotated:
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = hadamard(values) * WEIGHTS_FACTOR
+        if not np.isfinite(values).all():
+            raise ValueError("it holds values too large for a scale in float16; use bf16")
+    return values.reshape(rows, cols // GROUP, GROUP)
 
 
 def _nearest(

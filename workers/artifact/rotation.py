@@ -13,8 +13,6 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-GROUP = 32
-
 # Powers of two, so that they cost no rounding; together they are 1 / 32.
 WEIGHTS_FACTOR = np.float32(1 / 4)
 INPUTS_FACTOR = np.float32(1 / 8)  # also turns stored weights back: w = (1 / 8) H (H w / 4)

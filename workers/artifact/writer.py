@@ -35,7 +35,7 @@ from furiosa_llm.workers.artifact.manifest import (
     weights_header,
 )
 from furiosa_llm.workers.artifact.model_config import ModelConfig
-from furiosa_llm.workers.artifact.packing import ALIGNMENT, VECTOR
+from furiosa_llm.workers.artifact.sizes import ALIGNMENT, VECTOR
 
 
 class ArtifactWriter:

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from furiosa_llm.workers.artifact.artifact import Tensor
 from furiosa_llm.workers.artifact.packing import unpack_quantized
-from furiosa_llm.workers.artifact.rotation import GROUP, INPUTS_FACTOR, hadamard
+from furiosa_llm.workers.artifact.rotation import INPUTS_FACTOR, hadamard
+from furiosa_llm.workers.artifact.sizes import GROUP
 from furiosa_llm.workers.executor import Float32, Int32
 
 # One BLAS call multiplies (TILE_ROWS, at most MAX_COLS) by (PANEL_ROWS, the same) transposed. That
