@@ -34,6 +34,8 @@ def shown(value: object) -> str:
 
 def check_int(name: str, value: Any, *, low: int, high: int = MAX_INT32) -> int:
     """An integer within [low, high]; bools and floats are none, numpy's integers are."""
+    if type(value) is int and low <= value <= high:  # nearly always, and each request asks often
+        return value
     if (
         not isinstance(value, bool)
         and isinstance(value, numbers.Integral)
@@ -49,8 +51,7 @@ def check_number(
 ) -> float:
     """A finite number within [low, high], as a float; `above`/`below` leave out a bound itself."""
     if (
-        not isinstance(value, bool)
-        and _is_real(value)
+        (type(value) is float or (not isinstance(value, bool) and _is_real(value)))
         and low <= value <= high  # false for NaN; float() of a huge int would overflow
         and not (above and value == low)
         and not (below and value == high)

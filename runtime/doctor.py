@@ -264,7 +264,7 @@ def _port(machine: Machine) -> Result:
 
 def _runtime_dir(machine: Machine) -> Result:
     from furiosa_llm.run_dir import all_running
-    from furiosa_llm.wire.sockets import runtime_directory
+    from furiosa_llm.wire.runtime_directory import runtime_directory
 
     path = runtime_directory()  # raises with the fix in its message
     names = ", ".join(each.name for each in all_running()) or "none"

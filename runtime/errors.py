@@ -105,9 +105,19 @@ class ServiceUnavailableError(FuriosaLLMError):
 
 
 class WorkerDiedError(FuriosaLLMError):
-    """A worker process ended and its work could not be moved to another one."""
+    """A worker process ended and its work could not be moved to another one. HTTP 503: it may run
+    elsewhere, or here when there are workers again.
+    """
 
     code: ClassVar[str] = "worker_died"
+
+
+class QuarantinedError(WorkerDiedError):
+    """The request was running in so many workers that died that it is not tried again. HTTP 500:
+    no other server should try it either.
+    """
+
+    code: ClassVar[str] = "quarantined"
 
 
 class WorkerStartError(FuriosaLLMError):
@@ -132,7 +142,7 @@ _CLASS_OF: dict[str, type[FuriosaLLMError]] = {
     cls.code: cls
     for cls in (
         InvalidRequestError, ContextLengthError, DuplicateRequestError, DeviceError, ArtifactError,
-        OverloadedError, WorkerDiedError, WorkerStartError, RequestAbortedError,
+        OverloadedError, WorkerDiedError, QuarantinedError, WorkerStartError, RequestAbortedError,
         EngineShutDownError, ServiceUnavailableError,
     )
 }  # fmt: skip

@@ -32,6 +32,7 @@ from typing import Any, Self
 
 from furiosa_llm.checks import refuse, shown
 from furiosa_llm.errors import FuriosaLLMError
+from furiosa_llm.wire.runtime_directory import runtime_directory
 
 DEFAULT_NAME = "default"
 MAX_NAME_CHARS = 32
@@ -91,7 +92,7 @@ class RunDir:
 
     def __init__(self, name: str = DEFAULT_NAME) -> None:
         self.name = check_name("--name", name)
-        self.path = _base() / name
+        self.path = runtime_directory() / name
         self.pid_file = self.path / "pid"
         self.address_file = self.path / "address.json"
         self.start_file = self.path / "start.json"
@@ -220,7 +221,7 @@ class PidLock:
 def all_running() -> list[RunDir]:
     """The directories of all daemons of this user that run, by name."""
     found = []
-    for path in sorted(_base().iterdir()):
+    for path in sorted(runtime_directory().iterdir()):
         if _NAME.fullmatch(path.name) and (path / "pid").is_file():
             with suppress(FuriosaLLMError):  # a directory that is not ours is none of our daemons
                 run_dir = RunDir(path.name)
@@ -247,12 +248,6 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _base() -> Path:
-    from furiosa_llm.wire.sockets import runtime_directory  # zmq: 50 ms that --help need not wait
-
-    return runtime_directory()
 
 
 def _claim(path: Path) -> None:

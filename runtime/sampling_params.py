@@ -129,8 +129,10 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name, default in _UNSUPPORTED_DEFAULT.items():
-            _check_unsupported(name, getattr(self, name), default)
-            self._set(name, default)  # 0 for 0.0 or False: one form, so that equal means the same
+            value = getattr(self, name)
+            if value is not default:
+                _check_unsupported(name, value, default)
+                self._set(name, default)  # for 0 or False: one form, so that equal means the same
         self._set("n", check_int("n", self.n, low=1, high=MAX_N))
         _check_best_of(self.best_of, self.n)
         self._set("best_of", None)
@@ -180,8 +182,7 @@ class SamplingParams:
 
 def _check_unsupported(name: str, value: object, default: object) -> None:
     # A number equal to the default passes, 0 for 0.0; what cannot be compared to it does not.
-    is_default = value is default or (isinstance(value, int | float) and value == default)
-    if not is_default:
+    if not (isinstance(value, int | float) and value == default):
         raise refuse(name, f"{shown(value)} is not supported in this version: leave {name} out")
 
 

@@ -95,7 +95,7 @@ $(for i in "${!entries[@]}"; do
     }
     server {
         listen $front_port reuseport;
-        client_max_body_size 32m;
+        client_max_body_size 8m;
         client_body_buffer_size 1m;
         location / {
             proxy_pass http://furiosa_serve;

@@ -156,6 +156,8 @@ def tokens(draw: st.DrawFn) -> Tokens:
         tuple(row[2] for row in rows),
         tuple(logprobs.items()),
         draw(loads),
+        draw(st.floats(0, 1e6)),
+        tuple(draw(st.lists(st.tuples(int64s, st.floats(0, 1e6)), max_size=4))),
     )
 
 
@@ -242,6 +244,8 @@ REFUSED = Refused(0, 1, 2, 5, "overloaded", "too many")
         (TOKENS, {"logprobs": ((2, LOGPROBS),)}, "Tokens: logprobs of a row that is not there"),
         (TOKENS, {"logprobs": (LOGPROBS,)}, "Tokens.logprobs: "),
         (TOKENS, {"sequence_ids": tuple(range(MAX_ROWS + 1))}, "values are not in 0..8192"),
+        (TOKENS, {"step_s": -0.5}, "Tokens.step_s: -0.5 is not a finite number in [0"),
+        (TOKENS, {"begun": ((5, -1.0),)}, "Tokens.begun: -1.0 is not a finite number"),
         (TOKENS, {"load": None}, "Tokens.load: None is not a WorkerLoad"),
         (
             TOKENS,

@@ -11,7 +11,8 @@ import pytest
 
 from furiosa_llm.errors import FuriosaLLMError, InvalidRequestError
 from furiosa_llm.server import control
-from furiosa_llm.server.control import ControlClient, ControlServer
+from furiosa_llm.server.control import ControlServer
+from furiosa_llm.server.control_client import ControlClient
 
 
 @pytest.fixture

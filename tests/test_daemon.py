@@ -254,10 +254,10 @@ def test_a_daemon_that_hangs_is_killed(home, model):
     code = (
         "import sys\n"
         "from furiosa_llm.cli import background\n"
-        "from furiosa_llm.server import control\n"
+        "from furiosa_llm.server import control_client\n"
         "from furiosa_llm.cli.main import main\n"
         "background.GRACE_S = 0.1\n"
-        "control.ControlClient.receive.__defaults__ = (0.1,)\n"
+        "control_client.ControlClient.receive.__defaults__ = (0.1,)\n"
         "main(sys.argv[1:])\n"
     )
     command = [sys.executable, "-c", code]

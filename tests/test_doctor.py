@@ -173,7 +173,9 @@ def test_variables(machine):
 def test_a_runtime_directory_that_is_no_directory(machine, monkeypatch, home):
     (home / "furiosa-serve").touch()
     monkeypatch.setattr(tempfile, "tempdir", str(home / "nowhere"))
-    monkeypatch.setattr("furiosa_llm.wire.sockets._candidates", lambda: [home / "furiosa-serve"])
+    monkeypatch.setattr(
+        "furiosa_llm.wire.runtime_directory._candidates", lambda: [home / "furiosa-serve"]
+    )
     finding = found(machine, "runtime directory")
     assert finding.level == "failure"
     assert "set XDG_RUNTIME_DIR" in finding.text

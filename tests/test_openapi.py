@@ -19,6 +19,7 @@ from furiosa_llm.server.docs_page import PAGE
 from furiosa_llm.server.field_docs import field_docs
 from furiosa_llm.server.http_config import HttpConfig
 from furiosa_llm.server.openapi import make_document
+from furiosa_llm.server.overview import OwnersOverview
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,8 @@ def references_in(value):
 
 
 def test_every_route_is_documented_and_no_other(server):
-    routes = make_routes(server.service, ApiKeys(environ={}), HttpConfig())
+    overview = OwnersOverview(server.service)
+    routes = make_routes(server.service, ApiKeys(environ={}), HttpConfig(), overview)
     assert all(isinstance(route, Route) for route in routes)
     served = {
         (method, route.path.replace(":path", ""))

@@ -12,14 +12,14 @@ import pytest
 import zmq
 
 from furiosa_llm.errors import FuriosaLLMError
-from furiosa_llm.wire import sockets
+from furiosa_llm.wire import runtime_directory as module
+from furiosa_llm.wire.runtime_directory import runtime_directory
 from furiosa_llm.wire.sockets import (
     bind_router,
     connect_dealer,
     new_endpoint,
     parse_worker_identity,
     remove_endpoint,
-    runtime_directory,
     worker_identity,
 )
 
@@ -28,7 +28,7 @@ from furiosa_llm.wire.sockets import (
 def no_other_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A home for everything: no runtime directory is set, and /tmp is out of reach."""
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
-    monkeypatch.setattr(sockets, "_candidates", lambda: [tmp_path / "sockets"])
+    monkeypatch.setattr(module, "_candidates", lambda: [tmp_path / "sockets"])
     return tmp_path / "sockets"
 
 

@@ -1,12 +1,15 @@
 """`python -m furiosa_llm.workers`: the process of one data-parallel group.
 
 Started by the front-end, never by hand: its configuration comes over standard input, which then
-stays open as the tether (tether.py). Command-line arguments only tell a reader of `ps` which
-worker this is. Standard output and error belong to the front-end's log.
+stays open as the tether (tether.py). The front-end may start it before it knows that configuration:
+the imports that `--backend=NAME` needs are made meanwhile. The other command-line arguments only
+tell a reader of `ps` which worker this is. Standard output and error belong to the front-end's log.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
 import os
 import signal
@@ -35,6 +38,9 @@ EXIT_STEP_FAILED = 70
 START_FAILED_LINGER_MS = 5000
 """How long a worker that cannot start waits for its reason to be sent."""
 
+GC_THRESHOLDS = (10_000, 20, 50)
+"""Instead of (700, 10, 10). Nearly all that a worker makes goes by its reference count."""
+
 _log = logging.getLogger("furiosa_llm.workers")
 
 
@@ -48,6 +54,8 @@ def main() -> int:
     if sys.stdin.isatty():
         print("a worker is started by the engine: see furiosa-serve --help", file=sys.stderr)
         return EXIT_NOT_CONFIGURED
+    gc.set_threshold(*GC_THRESHOLDS)
+    _load_ahead(sys.argv[1:])
     try:
         with open(0, "rb", buffering=0, closefd=False) as pipe:
             configure = read_configure(pipe)
@@ -57,6 +65,27 @@ def main() -> int:
     bind_process(configure.cpus)  # before there are threads, which inherit it
     hold_tether(0)
     return _serve(configure)
+
+
+def _load_ahead(arguments: list[str]) -> None:
+    """Import what the worker will need, while its configuration is still being worked out.
+
+    Not for numpy's backend: its BLAS starts threads when it is imported, and they are to inherit
+    the CPUs that the process is bound to.
+    """
+    for backend in ("native", "mock"):
+        if f"--backend={backend}" in arguments:
+            _set_num_blas_threads(1)
+            with contextlib.suppress(ImportError):  # met again, and reported, when it is used
+                from furiosa_llm.workers.backends import import_backend
+
+                import_backend(backend)
+                import furiosa_llm.workers.loop  # noqa: F401
+
+
+def _set_num_blas_threads(num_threads: int) -> None:
+    """To be called before numpy is imported."""
+    os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = str(num_threads)
 
 
 def _serve(configure: Configure) -> int:
@@ -69,6 +98,7 @@ def _serve(configure: Configure) -> int:
             _report_start_failure(configure, link, error)
             dealer.close(linger=START_FAILED_LINGER_MS)
             return EXIT_START_FAILED
+        gc.freeze()  # what is there now stays: looking at it took 10 ms of a step now and then
         try:
             loop.run()
         except Exception:
@@ -82,8 +112,7 @@ def _serve(configure: Configure) -> int:
 def _make_loop(configure: Configure, link: FrontEndLink) -> WorkerLoop:
     # Imported here because numpy's BLAS starts its threads when it is imported: the process has
     # been bound by now, and of the backends only numpy's multiplies with it.
-    num_blas_threads = max(1, len(configure.cpus)) if configure.backend == "numpy" else 1
-    os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = str(num_blas_threads)
+    _set_num_blas_threads(max(1, len(configure.cpus)) if configure.backend == "numpy" else 1)
     from furiosa_llm.workers.backends import make_executor
     from furiosa_llm.workers.loop import WorkerLoop
 

@@ -7,6 +7,14 @@ from furiosa_llm.wire.messages import Configure
 from furiosa_llm.workers.executor import Executor
 
 
+def import_backend(backend: str) -> None:
+    """Import what `make_executor` will, ahead of it."""
+    if backend == "mock":
+        import furiosa_llm.workers.kernels.mock
+    elif backend == "native":
+        import furiosa_llm.workers.kernels.native  # noqa: F401
+
+
 def make_executor(configure: Configure) -> Executor:
     """The executor that `configure` asks for. Each backend's modules are imported only for it.
 

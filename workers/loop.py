@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import time
 
 import zmq
 
@@ -41,6 +42,7 @@ from furiosa_llm.wire.messages import (
 )
 from furiosa_llm.workers.admission import fit_to_vocabulary, refusal_of_tokens
 from furiosa_llm.workers.executor import Executor, StepResult
+from furiosa_llm.workers.first_steps import FirstSteps
 from furiosa_llm.workers.link import AttachedLink, FrontEndLink
 from furiosa_llm.workers.step_queue import FinishedStep, InlineSteps, ThreadedSteps
 
@@ -95,6 +97,7 @@ class WorkerLoop:
         if self._steps.wakeup_fd is not None:
             self._poller.register(self._steps.wakeup_fd, zmq.POLLIN)
         self._num_steps = self._num_computed_tokens = self._num_output_tokens = 0
+        self._first_steps = FirstSteps()
         self._is_idle_known = True  # whether the last load that was sent is that of an idle worker
         self._is_stopping = False
 
@@ -140,7 +143,8 @@ class WorkerLoop:
             return
         for sequence_id in self._scheduler.sequence_ids:
             if front_end_of(sequence_id) == front_end:
-                self._scheduler.abort(sequence_id)
+                self._drop(sequence_id)
+        self._first_steps.take(front_end, 0.0)  # of sequences that have ended since
         self._poller.unregister(link.dealer)
         self._poller.unregister(link.monitor)
         link.close()
@@ -187,6 +191,7 @@ class WorkerLoop:
         refusal = self._refusal_of(link, add)
         if refusal is None:
             added.append(add.sequence_id)
+            self._first_steps.added(add.sequence_id)
             self._is_idle_known = False
         else:
             link.send(
@@ -213,13 +218,18 @@ class WorkerLoop:
     def _abort(self, link: FrontEndLink, abort: Abort) -> None:
         for sequence_id in abort.sequence_ids:
             if front_end_of(sequence_id) == link.front_end:
-                self._scheduler.abort(sequence_id)
+                self._drop(sequence_id)
+
+    def _drop(self, sequence_id: int) -> None:
+        self._scheduler.abort(sequence_id)
+        self._first_steps.dropped(sequence_id)
 
     # --- to the front-ends ------------------------------------------------------------------------
 
     def _report(self, finished: FinishedStep) -> None:
         """Commit a step and say what came of it, to each front-end of its own sequences."""
         updates = self._scheduler.commit(finished.plan.step_id, finished.result.token_ids.tolist())
+        self._first_steps.ran(finished.plan.rows, finished.began_s)
         self._num_steps += 1
         self._num_computed_tokens += finished.plan.num_tokens
         self._num_output_tokens += len(updates)
@@ -244,6 +254,8 @@ class WorkerLoop:
             finish_codes=tuple([_CODE_OF_REASON[update.finish_reason] for update in updates]),
             logprobs=_logprobs_of(finished, updates),
             load=self._load(),
+            step_s=finished.seconds,
+            begun=self._first_steps.take(link.front_end, time.monotonic()),
         )
 
     def _report_idle(self) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import deque
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -25,6 +26,8 @@ class FinishedStep:
 
     plan: StepPlan
     result: StepResult
+    began_s: float  # on the monotonic clock
+    seconds: float  # that the executor took
 
 
 class InlineSteps:
@@ -44,8 +47,8 @@ class InlineSteps:
     def submit(self, plan: StepPlan) -> None:
         """Run the step. Raises: whatever the executor raises."""
         assert not self._finished, "the step before has not been taken"
-        result = _execute(self._executor, self._builder.build(plan), self._recent)
-        self._finished.append(FinishedStep(plan, result))
+        batch = self._builder.build(plan)
+        self._finished.append(_execute(self._executor, plan, batch, self._recent))
 
     def take_finished(self) -> FinishedStep | None:
         """The oldest step that is executed and not yet taken; None if there is none."""
@@ -100,18 +103,22 @@ class ThreadedSteps:
         while True:
             plan, unresolved = self._submitted.get()
             try:
-                result = _execute(self._executor, unresolved, self._recent)
+                finished = _execute(self._executor, plan, unresolved, self._recent)
             except BaseException as error:
                 self._finish(error)
                 return
-            self._finish(FinishedStep(plan, result))
+            self._finish(finished)
 
     def _finish(self, finished: FinishedStep | BaseException) -> None:
         self._finished.append(finished)
         os.eventfd_write(self._event_fd, 1)  # after the append: who reads it finds the step
 
 
-def _execute(executor: Executor, unresolved: UnresolvedBatch, recent: RecentSamples) -> StepResult:
+def _execute(
+    executor: Executor, plan: StepPlan, unresolved: UnresolvedBatch, recent: RecentSamples
+) -> FinishedStep:
+    began_s = time.monotonic()
     result = executor.execute(unresolved.resolve(recent))
+    seconds = time.monotonic() - began_s
     recent.remember(unresolved.sampling_ids, result.token_ids)
-    return result
+    return FinishedStep(plan, result, began_s, seconds)

@@ -14,7 +14,7 @@ from typing import Any
 
 from furiosa_llm.errors import FuriosaLLMError, InvalidRequestError
 from furiosa_llm.run_dir import RunDir, read_json, write_json
-from furiosa_llm.server.control import ControlClient
+from furiosa_llm.server.control_client import ControlClient
 from furiosa_llm.server.options import VARIABLE_PREFIX
 from furiosa_llm.server.start_report import read_reports
 

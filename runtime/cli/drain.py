@@ -25,7 +25,7 @@ def drain(name: str, timeout: str | None) -> None:
     Exit codes: 0 nothing is in flight; 4 the time was over before that.
     """
     from furiosa_llm.run_dir import RunDir
-    from furiosa_llm.server.control import ControlClient
+    from furiosa_llm.server.control_client import ControlClient
     from furiosa_llm.server.option_readers import read_seconds
 
     timeout_s = None if timeout is None else read_seconds("--timeout", timeout)

@@ -33,6 +33,7 @@ _COMMANDS = {
     "batch": ("furiosa_llm.cli.batch", "Answer a file of requests, in OpenAI's batch format."),
     "bench": ("furiosa_llm.cli.bench", "Put a load on a server and measure its callers' waits."),
     "top": ("furiosa_llm.cli.top", "Watch a server's workers, queues and tokens/s."),
+    "keys": ("furiosa_llm.cli.keys", "Make keys for a socket that other machines reach."),
     "config": ("furiosa_llm.cli.config", "Show each option's value and where it came from."),
     "doctor": ("furiosa_llm.cli.doctor", "Check this machine, and say how to fix what is wrong."),
     "help": ("furiosa_llm.cli.help", "Search the options and commands for a word."),
@@ -44,7 +45,7 @@ _COMMANDS = {
 _SECTIONS = {
     "Serving": ("serve", "start", "stop", "restart", "status", "logs", "drain", "reload"),
     "Using": ("generate", "chat", "batch", "bench", "top"),
-    "Models and machine": ("build", "devices", "doctor", "config"),
+    "Models and machine": ("build", "devices", "doctor", "config", "keys"),
 }
 
 

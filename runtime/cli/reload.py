@@ -14,7 +14,7 @@ def reload(name: str) -> None:
     other. No request fails by it. What cannot be read is said, and what was there stays in force.
     """
     from furiosa_llm.run_dir import RunDir
-    from furiosa_llm.server.control import ControlClient
+    from furiosa_llm.server.control_client import ControlClient
 
     with ControlClient(RunDir.find(name).control, "reload") as control:
         answer = control.receive()

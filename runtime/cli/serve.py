@@ -18,6 +18,7 @@ from furiosa_llm.cli.serve_options import (
 )
 
 if TYPE_CHECKING:
+    from furiosa_llm.engine.head_start import HeadStart
     from furiosa_llm.run_dir import PidLock, RunDir
     from furiosa_llm.server.options import ServeOptions
     from furiosa_llm.server.start_report import StartReport
@@ -37,9 +38,11 @@ def serve(config: str | None, report_fd: int | None, **arguments: Any) -> None:
     Exit codes:  0 stopped, all requests ended   1 failed   2 a wrong option or model
                  3 a daemon of this name is running         4 stopped, requests were cut
     """
+    from furiosa_llm.collector import collect_rarely
     from furiosa_llm.errors import FuriosaLLMError
     from furiosa_llm.server.start_report import StartReport
 
+    collect_rarely()
     report = StartReport(report_fd)
     try:
         code = _serve(given_flags(arguments), config, report, is_background=report_fd is not None)
@@ -56,6 +59,7 @@ def serve(config: str | None, report_fd: int | None, **arguments: Any) -> None:
 def _serve(
     flags: dict[str, str], config: str | None, report: StartReport, *, is_background: bool
 ) -> int:
+    from furiosa_llm.engine.head_start import HeadStart
     from furiosa_llm.run_dir import RunDir
     from furiosa_llm.server.logs import set_up_logging
     from furiosa_llm.server.option_layers import resolve_layers
@@ -71,7 +75,9 @@ def _serve(
         )
         for warning in layers.warnings:
             logging.getLogger(__name__).warning("%s", warning)
-        return _run(options, run_dir, lock, report, is_background=is_background)
+        # Before the HTTP server, the engine and all they need are imported, not after.
+        with HeadStart.of(options.engine) as head_start:
+            return _run(options, run_dir, lock, report, head_start, is_background=is_background)
 
 
 def _run(
@@ -79,6 +85,7 @@ def _run(
     run_dir: RunDir,
     lock: PidLock,
     report: StartReport,
+    head_start: HeadStart,
     *,
     is_background: bool,
 ) -> int:
@@ -89,7 +96,13 @@ def _run(
     from furiosa_llm.server.daemon import Daemon
 
     async def main() -> int:
-        daemon = Daemon(options, run_dir, report=report, is_background=is_background)
+        daemon = Daemon(
+            options,
+            run_dir,
+            report=report,
+            is_background=is_background,
+            head_start=head_start,
+        )
         code = await daemon.run()
         if daemon.has_abandoned_start:
             lock.release()

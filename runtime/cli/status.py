@@ -39,7 +39,7 @@ def status(name: str, is_for_all: bool, is_json: bool) -> None:
 
 def _status_of(run_dir: RunDir) -> dict[str, Any]:
     from furiosa_llm.errors import FuriosaLLMError
-    from furiosa_llm.server.control import ControlClient
+    from furiosa_llm.server.control_client import ControlClient
 
     pid = run_dir.running_pid()
     if pid is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-import secrets
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +23,7 @@ one row per step at most."""
 
 def new_request_id() -> str:
     """One that no other request has."""
-    return f"req-{secrets.token_hex(12)}"
+    return f"req-{os.urandom(12).hex()}"
 
 
 def generate_message(

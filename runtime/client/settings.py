@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 from dataclasses import dataclass
 
 from furiosa_llm import __version__
@@ -39,7 +39,7 @@ class ClientSettings:
         keys = None if self.curve is None else self.curve.load()
         endpoint = endpoint_of(self.address, has_keys=keys is not None)
         connection = Connection(
-            secrets.token_hex(16),
+            os.urandom(16).hex(),
             software=f"furiosa-llm client {__version__}",
             address=endpoint,
             connect_timeout_s=self.connect_timeout_s,

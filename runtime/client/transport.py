@@ -18,11 +18,12 @@ _HEARTBEAT_MS = 15_000
 """TCP alone may take a quarter of an hour to notice that the other machine is gone."""
 _LINGER_MS = 200
 """A goodbye has that long to leave."""
+_NO_DAEMON = "what listens there is no daemon, or its key is another"
 _ENDS = {
     zmq.EVENT_DISCONNECTED: "the connection ended",
     zmq.EVENT_CLOSED: "nothing listens there",
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "the handshake failed",
-    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "what listens there is no daemon, or its key is another",
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: _NO_DAEMON,
     zmq.EVENT_HANDSHAKE_FAILED_AUTH: "the daemon does not know this client's key",
 }
 
@@ -98,6 +99,8 @@ class Transport:
         # By hand (zmq_socket_monitor(3)): pyzmq's parser would load asyncio, half of this package's
         # time to load.
         (kind,) = struct.unpack_from("=H", event)
+        if kind == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and self._keys is not None:
+            return _NO_DAEMON, False  # a server does not answer who has sealed a box for another
         return _ENDS.get(kind, "it ended"), kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH
 
     def close(self) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from furiosa_llm.engine.attach_ticket import AttachTicket
 from furiosa_llm.engine.core import EngineCore
+from furiosa_llm.engine.counts import EngineCounts
+from furiosa_llm.engine.head_start import HeadStart
 from furiosa_llm.engine.request import Request
 from furiosa_llm.engine.settings import EngineSettings, resolve_settings, settings_of_ticket
 from furiosa_llm.engine.startup import StartupProgress
@@ -23,7 +26,7 @@ from furiosa_llm.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from furiosa_llm.args import EngineArgs
     from furiosa_llm.engine.llm import LLM
-    from furiosa_llm.workers.artifact.build import Progress
+    from furiosa_llm.progress import Progress
 
 LONG_TEXT_CHARS = 2_000
 """Text from here on is tokenised on a thread: at about 0.5 µs a character (SmolLM2's tokeniser) it
@@ -107,9 +110,12 @@ class AsyncLLMEngine:
         settings: EngineSettings,
         core: EngineCore | None = None,
         startup: StartupProgress | None = None,
+        head_start: HeadStart | None = None,
     ) -> None:
         self._settings = settings
-        self._core = EngineCore(settings, startup) if core is None else core
+        if core is None:
+            core = EngineCore(settings, startup, head_start=head_start)
+        self._core = core
         self._bridge: _LoopBridge | None = None
 
     @classmethod
@@ -125,10 +131,12 @@ class AsyncLLMEngine:
         What fetching and building do is shown on standard error, or told to `progress`; another
         thread may ask `startup` meanwhile how far the start is.
 
-        Raises: DeviceError, ArtifactError, InvalidRequestError before anything is started;
-            WorkerStartError, or the worker's own error, if a worker does not start.
+        Raises: DeviceError, ArtifactError, InvalidRequestError; WorkerStartError, or the worker's
+            own error, if a worker does not start. Nothing is left behind then.
         """
-        return cls(resolve_settings(args, progress, startup), startup=startup)
+        with HeadStart.of(args) as head_start:
+            settings = resolve_settings(args, progress, startup)
+            return cls(settings, startup=startup, head_start=head_start)
 
     @classmethod
     def attach(cls, ticket: AttachTicket) -> Self:
@@ -176,6 +184,11 @@ class AsyncLLMEngine:
     def status(self) -> EngineStatus:
         """What the engine and its workers are doing now; cheap, and any thread may ask."""
         return self._core.status()
+
+    @property
+    def counts(self) -> EngineCounts:
+        """What it counts for whoever watches it: times of steps, waits in the queue."""
+        return self._core.counts
 
     @property
     def worker_pids(self) -> list[int | None]:
@@ -266,6 +279,20 @@ class AsyncLLMEngine:
         Raises: EngineShutDownError, WorkerDiedError.
         """
         await asyncio.to_thread(self._core.check_health, timeout_s)
+
+    async def ended(self) -> str:
+        """Wait until the engine takes no more requests, for good. Returns: why that is."""
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+
+        def tell() -> None:
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(ended.set)
+
+        self._core.when_ended(tell)
+        await ended.wait()
+        ended_by = self._core.status().ended_by
+        assert ended_by is not None
+        return ended_by
 
     async def restart_workers(self) -> None:
         """Replace all worker processes, one at a time. No request fails of it, and none gets other

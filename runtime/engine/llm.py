@@ -13,6 +13,7 @@ from furiosa_llm.args import EngineArgs
 from furiosa_llm.checks import shown
 from furiosa_llm.engine.async_llm_engine import AsyncLLMEngine
 from furiosa_llm.engine.core import EngineCore
+from furiosa_llm.engine.head_start import HeadStart
 from furiosa_llm.engine.llm_engine import LLMEngine
 from furiosa_llm.engine.settings import resolve_settings
 from furiosa_llm.errors import InvalidRequestError
@@ -49,8 +50,10 @@ class LLM:
                 f"LLM() got unknown keyword arguments {', '.join(unknown)}: the known ones are "
                 f"{', '.join(known)}"
             )
-        self.settings = resolve_settings(EngineArgs(model=model, **engine_args))
-        self.core = EngineCore(self.settings)
+        args = EngineArgs(model=model, **engine_args)
+        with HeadStart.of(args) as head_start:
+            self.settings = resolve_settings(args)
+            self.core = EngineCore(self.settings, head_start=head_start)
         self._engine = LLMEngine(self.settings, self.core)
         self._async_engine = AsyncLLMEngine(self.settings, self.core)  # the same, for streams
         self._request_ids = itertools.count()

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from furiosa_llm.engine.core import EngineCore
+from furiosa_llm.engine.head_start import HeadStart
 from furiosa_llm.engine.request import Request
 from furiosa_llm.engine.settings import EngineSettings, resolve_settings
 from furiosa_llm.engine.startup import StartupProgress
@@ -20,7 +21,7 @@ from furiosa_llm.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from furiosa_llm.args import EngineArgs
     from furiosa_llm.engine.llm import LLM
-    from furiosa_llm.workers.artifact.build import Progress
+    from furiosa_llm.progress import Progress
 
 Item = RequestOutput | FuriosaLLMError
 
@@ -48,9 +49,12 @@ class LLMEngine:
         settings: EngineSettings,
         core: EngineCore | None = None,
         startup: StartupProgress | None = None,
+        head_start: HeadStart | None = None,
     ) -> None:
         self._settings = settings
-        self._core = EngineCore(settings, startup) if core is None else core
+        if core is None:
+            core = EngineCore(settings, startup, head_start=head_start)
+        self._core = core
         self._items: SimpleQueue[tuple[str, Item]] = SimpleQueue()
         self._unfinished: dict[str, Request] = {}
         self._held_error: FuriosaLLMError | None = None  # raised by the next step
@@ -64,7 +68,9 @@ class LLMEngine:
         startup: StartupProgress | None = None,
     ) -> Self:
         """See `AsyncLLMEngine.from_engine_args`."""
-        return cls(resolve_settings(args, progress, startup), startup=startup)
+        with HeadStart.of(args) as head_start:
+            settings = resolve_settings(args, progress, startup)
+            return cls(settings, startup=startup, head_start=head_start)
 
     @classmethod
     def from_llm(cls, llm: LLM) -> Self:

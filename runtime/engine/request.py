@@ -48,6 +48,7 @@ class Choice:
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
         self.num_crashes = 0  # of workers that were running it
+        self.has_begun = False  # a step has run it
         self.num_resumed_tokens = 0  # of `token_ids`, those made before its last dispatch
         self._stop_reason: str | None = None
         params = request.params
@@ -156,6 +157,7 @@ class Request:
     """Per choice, the output it has from an earlier run; None: it ended there. () is a new request.
     Only what comes after is handed out as news; what DELTA outputs hold begins there."""
     choices: list[Choice] = field(default_factory=list)
+    submitted_s: float = 0.0  # on the monotonic clock; the engine notes it
     is_over: bool = False  # nothing more is put into the sink
 
     @property

@@ -6,23 +6,20 @@ import logging
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from furiosa_llm.checks import refuse
-from furiosa_llm.devices import parse_devices
 from furiosa_llm.engine.attach_ticket import AttachTicket
 from furiosa_llm.engine.inputs import InputProcessor
+from furiosa_llm.engine.placement import worker_backend, worker_groups
 from furiosa_llm.engine.startup import StartupProgress
 from furiosa_llm.errors import InvalidRequestError
-from furiosa_llm.groups import PEGroup, form_groups
-from furiosa_llm.progress import console_progress
+from furiosa_llm.groups import PEGroup
+from furiosa_llm.progress import Progress, console_progress
 from furiosa_llm.text.tokenizer import Tokenizer
-from furiosa_llm.topology import discover_topology
 from furiosa_llm.wire.messages import Configure
 from furiosa_llm.workers.artifact.artifact import Artifact
-from furiosa_llm.workers.artifact.build import Progress
 from furiosa_llm.workers.artifact.memory import available_memory_bytes
 from furiosa_llm.workers.artifact.resolve import ResolvedModel, resolve_model
 
@@ -75,13 +72,7 @@ def resolve_settings(
 
     Raises: DeviceError, ArtifactError, InvalidRequestError; nothing has been started then.
     """
-    entries = None if args.devices is None else parse_devices(args.devices)
-    groups = form_groups(
-        entries,
-        discover_topology(),
-        data_parallel_size=args.data_parallel_size,
-        tensor_parallel_size=args.tensor_parallel_size,
-    )
+    groups = worker_groups(args)
     startup = startup or StartupProgress()
     for index, group in enumerate(groups):
         startup.worker(index, str(group), "waiting")
@@ -105,11 +96,10 @@ def resolve_settings(
 def _settings_of(
     args: EngineArgs, groups: tuple[PEGroup, ...], model: ResolvedModel
 ) -> EngineSettings:
-    artifact = Artifact.open(model.path)
+    artifact = model.artifact
     template = _configure_of(args, artifact, num_workers=len(groups))
     return _settings_for(
         model,
-        artifact,
         workers=tuple(
             replace(template, worker_id=index, cpus=group.cpus)
             for index, group in enumerate(groups)
@@ -124,10 +114,8 @@ def _settings_of(
 
 def settings_of_ticket(ticket: AttachTicket) -> EngineSettings:
     """For an engine that shares another one's workers. Raises: ArtifactError."""
-    model = ResolvedModel(Path(ticket.workers[0].artifact_path))
     return _settings_for(
-        model,
-        Artifact.open(model.path),
+        ResolvedModel(Artifact.open(ticket.workers[0].artifact_path)),
         workers=ticket.workers,
         devices=ticket.devices,
         max_waiting=ticket.max_waiting,
@@ -139,7 +127,6 @@ def settings_of_ticket(ticket: AttachTicket) -> EngineSettings:
 
 def _settings_for(
     model: ResolvedModel,
-    artifact: Artifact,
     *,
     workers: tuple[Configure, ...],
     devices: tuple[str, ...],
@@ -149,6 +136,7 @@ def _settings_for(
     seed: int | None,
 ) -> EngineSettings:
     """What follows from how the workers are configured."""
+    artifact = model.artifact
     return EngineSettings(
         model=model,
         inputs=InputProcessor(
@@ -178,7 +166,9 @@ def _configure_of(args: EngineArgs, artifact: Artifact, *, num_workers: int) -> 
         kv_cache_dtype = "fp32" if artifact.weights == "fp32" else "bf16"
     max_model_len = _max_model_len(args.max_model_len, config.max_model_len)
     max_num_seqs = args.max_num_seqs or DEFAULT_MAX_NUM_SEQS
-    backend = args.backend or _default_backend()
+    backend = worker_backend(args)
+    if backend == "numpy" and args.backend is None:
+        _log.warning("the native kernel was not built: running the slow numpy backend")
     num_blocks = _num_blocks(
         args,
         block_bytes=config.kv_bytes_per_token(kv_cache_dtype) * args.block_size,
@@ -280,11 +270,3 @@ def _spare_blocks_ratio(asked: float | None, is_offline: bool) -> float:
     if asked is not None:
         return asked
     return OFFLINE_SPARE_BLOCKS_RATIO if is_offline else DEFAULT_SPARE_BLOCKS_RATIO
-
-
-def _default_backend() -> str:
-    """native where its library was built, else numpy, and it says so."""
-    if find_spec("furiosa_llm.workers.kernels._native") is not None:
-        return "native"
-    _log.warning("the native kernel was not built: running the slow numpy backend")
-    return "numpy"

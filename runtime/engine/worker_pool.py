@@ -17,6 +17,7 @@ from dataclasses import replace
 
 import zmq
 
+from furiosa_llm.engine.head_start import HeadStart
 from furiosa_llm.engine.pool import (
     Event,
     NoWorkerLeft,
@@ -61,10 +62,17 @@ class WorkerPool:
     Args:
         configures: by worker id, for the first epoch.
         wakeup_fd: an eventfd; a write to it ends `wait`.
+        head_start: processes that were started already.
     """
 
-    def __init__(self, configures: tuple[Configure, ...], wakeup_fd: int) -> None:
+    def __init__(
+        self,
+        configures: tuple[Configure, ...],
+        wakeup_fd: int,
+        head_start: HeadStart | None = None,
+    ) -> None:
         self._wakeup_fd = wakeup_fd
+        self._head_start = HeadStart([]) if head_start is None else head_start
         self._policies = [RestartPolicy() for _ in configures]
         self._workers: list[WorkerProcess | None] = [None] * len(configures)
         self._restarts: list[dict[str, int]] = [{} for _ in configures]  # why, how often
@@ -226,7 +234,11 @@ class WorkerPool:
     # --- processes --------------------------------------------------------------------------------
 
     def _spawn(self, configure: Configure) -> None:
-        worker = WorkerProcess(configure, deadline_s=time.monotonic() + START_TIMEOUT_S)
+        worker = WorkerProcess(
+            configure,
+            deadline_s=time.monotonic() + START_TIMEOUT_S,
+            fresh=self._head_start.take(configure),
+        )
         self._workers[configure.worker_id] = worker
         self._poller.register(worker.pid_fd, zmq.POLLIN)
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
-import tempfile
 from contextlib import suppress
-from typing import IO
 
+from furiosa_llm.engine.head_start import FreshWorker
 from furiosa_llm.engine.worker_socket import Peer
 from furiosa_llm.errors import FuriosaLLMError
 from furiosa_llm.wire.messages import Configure
@@ -23,20 +21,21 @@ class WorkerProcess(Peer):
     It lives at most as long as this process does: its standard input is a pipe that only we hold,
     and it leaves when that closes. It is a fresh interpreter, never a fork: forking a process that
     has threads and sockets copies their locks in whatever state they are.
+
+    Args:
+        fresh: its process, where that was started already; it is this object's from now on.
     """
 
-    def __init__(self, configure: Configure, *, deadline_s: float) -> None:
+    def __init__(
+        self, configure: Configure, *, deadline_s: float, fresh: FreshWorker | None = None
+    ) -> None:
         super().__init__(configure.worker_id, configure.epoch)
         self.deadline_s = deadline_s  # to be ready, or gone, by then; on the monotonic clock
         self.end_reason = ""  # why we end it, if we do: a word for `WorkerStatus.restarts`
         self.start_error: FuriosaLLMError | None = None  # what its StartFailed said
-        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `reap`
-        command = [sys.executable, "-m", "furiosa_llm.workers"]
-        # For a reader of `ps`; the worker itself is configured over the pipe.
-        command += [f"--worker={configure.worker_id}", f"--epoch={configure.epoch}"]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=self._log, stderr=self._log
-        )
+        if fresh is None:
+            fresh = FreshWorker(configure.worker_id, configure.epoch, configure.backend)
+        self._log, self._process = fresh.log, fresh.process
         self.pid_fd = os.pidfd_open(self._process.pid)
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # it is dead already: the pid_fd tells

@@ -31,11 +31,12 @@ from furiosa_llm.server.mailbox import ClientLeftError
 from furiosa_llm.server.metrics_page import MetricsPage
 from furiosa_llm.server.models import Models
 from furiosa_llm.server.openapi import OpenApi
+from furiosa_llm.server.overview import Overview, OwnersOverview
 from furiosa_llm.server.probes import Probes
 from furiosa_llm.server.request_ids import assign_request_id
 from furiosa_llm.server.responses import Responses, no_such_response
 from furiosa_llm.server.service import Service
-from furiosa_llm.server.status import Status
+from furiosa_llm.server.status_page import StatusPage
 from furiosa_llm.server.tokenization import Detokenize, Tokenize, TokenizerInfo
 from furiosa_llm.server.version import version
 
@@ -46,7 +47,9 @@ DROP_TIMEOUT_S = 2.0
 _log = logging.getLogger(__name__)
 
 
-def make_routes(service: Service, auth: ApiKeys, config: HttpConfig) -> list[BaseRoute]:
+def make_routes(
+    service: Service, auth: ApiKeys, config: HttpConfig, overview: Overview
+) -> list[BaseRoute]:
     """The table of routes. An endpoint is a Starlette function or, where it streams, an ASGI app.
 
     An endpoint raises what is wrong (any FuriosaLLMError, see errors.py); nobody catches it but
@@ -70,8 +73,8 @@ def make_routes(service: Service, auth: ApiKeys, config: HttpConfig) -> list[Bas
         Route("/v1/responses/{response_id}/input_items", no_such_response),
         Route("/v1/messages", Messages(service, config), methods=["POST"]),
         Route("/v1/messages/count_tokens", CountTokens(service), methods=["POST"]),
-        Route("/v1/status", Status(service).get),
-        Route("/metrics", MetricsPage(service, __version__).get),
+        Route("/v1/status", StatusPage(overview).get),
+        Route("/metrics", MetricsPage(overview).get),
         Route("/openapi.json", OpenApi(service, auth, __version__).get),
         Route("/docs", DocsPage().get),
         Route("/v1/models", models.list),
@@ -79,9 +82,16 @@ def make_routes(service: Service, auth: ApiKeys, config: HttpConfig) -> list[Bas
     ]
 
 
-def make_app(service: Service, auth: ApiKeys, config: HttpConfig) -> ASGIApp:
-    """The application of one service."""
-    app: ASGIApp = HttpApp(make_routes(service, auth, config), auth, service)
+def make_app(
+    service: Service, auth: ApiKeys, config: HttpConfig, overview: Overview | None = None
+) -> ASGIApp:
+    """The application of one service.
+
+    Args:
+        overview: of the daemon that the service is a part of; None: it is all of it.
+    """
+    overview = OwnersOverview(service) if overview is None else overview
+    app: ASGIApp = HttpApp(make_routes(service, auth, config, overview), auth, service)
     if config.cors_origins:
         app = CORSMiddleware(
             app,

@@ -31,6 +31,7 @@ from furiosa_llm.server.client_limits import ClientLimits
 from furiosa_llm.server.client_requests import make_request, wire_params
 from furiosa_llm.server.live_stream import Inbox, Item, LiveStream
 from furiosa_llm.server.outgoing import Row, outputs_of
+from furiosa_llm.server.overview import Overview
 from furiosa_llm.server.service import Service
 from furiosa_llm.server.socket_status import model_id, plain_status
 from furiosa_llm.wire.client_codec import encode_client
@@ -98,6 +99,7 @@ class ClientSession:
         client_id: str,
         *,
         service: Service,
+        overview: Overview,
         inbox: Inbox,
         limits: ClientLimits,
         transmit: Transmit,
@@ -107,6 +109,7 @@ class ClientSession:
         self.is_closed = False
         self.last_heard_s = self.last_sent_s = time.monotonic()
         self._service = service
+        self._overview = overview
         self._inbox = inbox
         self._limits = limits
         self._transmit = transmit
@@ -410,7 +413,8 @@ class ClientSession:
             self._num_calls -= 1
 
     async def _status(self, message: GetStatus) -> FromDaemon:
-        return StatusReport(message.call_id, plain_status(self._service))
+        status = await self._overview.status()
+        return StatusReport(message.call_id, plain_status(status, self._service))
 
     async def _tokenize(self, message: Tokenize) -> FromDaemon:
         encode = partial(

@@ -3,7 +3,7 @@
 A Unix socket in the runtime directory, which only its owner can enter, so that it needs neither a
 port nor a key. One connection is one command: a line of JSON with `command` and its arguments is
 answered by lines of JSON. The last one has `ok`, or `error` with a message; the lines before it say
-how far the command is.
+how far the command is. `control_client.py` has the other end.
 """
 
 from __future__ import annotations
@@ -11,18 +11,14 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import socket
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from furiosa_llm.errors import FuriosaLLMError, InvalidRequestError
 
 MAX_LINE_BYTES = 1 << 16
-ANSWER_TIMEOUT_S = 10.0
-"""A daemon answers at once; one that does not within this time hangs."""
 
 COMMAND_TIMEOUT_S = 5.0
 """How long a caller may take to send its command."""
@@ -107,61 +103,3 @@ class ControlServer:
                 f"there is no command {name!r}: use one of {', '.join(self._commands)}"
             )
         return name, message
-
-
-class ControlClient:
-    """A caller's end: one command, and its answers.
-
-    Raises: FuriosaLLMError from every method if the daemon cannot be reached, is silent for too
-        long, goes away, or says why not.
-    """
-
-    def __init__(self, path: Path, command: str, **arguments: object) -> None:
-        self._command = command
-        self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._connection.settimeout(ANSWER_TIMEOUT_S)
-        self._lines = self._connection.makefile("rb")
-        try:
-            self._connection.connect(str(path))
-            line = json.dumps({"command": command, **arguments}).encode()
-            self._connection.sendall(line + b"\n")
-        except OSError as error:
-            self.close()
-            reason = error.strerror or str(error)
-            raise FuriosaLLMError(f"the daemon cannot be reached at {path}: {reason}") from None
-
-    def receive(self, timeout_s: float | None = ANSWER_TIMEOUT_S) -> dict[str, Any]:
-        """The next answer. Args: timeout_s: None waits for ever."""
-        self._connection.settimeout(timeout_s)
-        try:
-            line = self._lines.readline()
-        except TimeoutError:
-            raise FuriosaLLMError(
-                f"the daemon has not answered {self._command} within {timeout_s:g} s: it hangs, or "
-                f"was stopped by a signal"
-            ) from None
-        except OSError as error:
-            raise FuriosaLLMError(f"the daemon went away: {error.strerror or error}") from None
-        if not line:
-            raise FuriosaLLMError(f"the daemon ended before it had answered {self._command}")
-        answer = json.loads(line)
-        assert isinstance(answer, dict)
-        if "error" in answer:
-            raise FuriosaLLMError(answer["error"])
-        return answer
-
-    def close(self) -> None:
-        """Idempotent. A command that is under way goes on."""
-        self._lines.close()
-        self._connection.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

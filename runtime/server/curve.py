@@ -90,6 +90,10 @@ class Authenticator:
         self._loop.add_reader(self._fd, self._answer_all)
         self._answer_all()  # only a socket that was found empty announces what comes next
 
+    def allow(self, client_keys: frozenset[bytes]) -> None:
+        """Let in these from now on. A connection that is open lives on."""
+        self._client_keys = client_keys
+
     def close(self) -> None:
         self._loop.remove_reader(self._fd)
         self._socket.close()

@@ -21,37 +21,36 @@ import logging
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from furiosa_llm.args import EngineArgs
-from furiosa_llm.checks import check_number
+from furiosa_llm.collector import settle
 from furiosa_llm.engine.async_llm_engine import AsyncLLMEngine
+from furiosa_llm.engine.head_start import HeadStart
 from furiosa_llm.errors import EngineShutDownError, FuriosaLLMError, InvalidRequestError
 from furiosa_llm.run_dir import Address, RunDir
 from furiosa_llm.server.app import make_app
 from furiosa_llm.server.auth import ApiKeys
 from furiosa_llm.server.control import ControlServer
 from furiosa_llm.server.curve import ServerCurve
-from furiosa_llm.server.engine_watch import engine_end, health_checks
+from furiosa_llm.server.daemon_commands import commands_of
+from furiosa_llm.server.engine_watch import health_checks
 from furiosa_llm.server.front_end import Setup
 from furiosa_llm.server.front_ends import FrontEnds
 from furiosa_llm.server.http_server import HttpServer
-from furiosa_llm.server.options import MAX_DRAIN_S, DaemonConfig, ServeOptions
+from furiosa_llm.server.options import DaemonConfig, ServeOptions
+from furiosa_llm.server.overview import Overview, OwnersOverview
 from furiosa_llm.server.sd_notify import ServiceManager
 from furiosa_llm.server.service import Report, Service, ServiceState, build_engine
 from furiosa_llm.server.socket_server import SocketServer
 from furiosa_llm.server.start_report import StartReport
-from furiosa_llm.server.status import status_of
+from furiosa_llm.server.start_watch import START_EXTENSION_S, StartWatch
 
 EXIT_DONE, EXIT_FAILED, EXIT_REFUSED, EXIT_RUNNING, EXIT_CUT = range(5)
-
-START_POLL_S = 0.1
-START_EXTENSION_S = 60.0
-"""While it makes progress, the service manager is asked for so much more time."""
 
 ABANDON_START_S = 5.0
 """How long a stop waits for a start that is under way; after that the process just leaves, and
@@ -67,6 +66,7 @@ class Daemon:
         run_dir: whose lock this process holds.
         report: where its start is told to whoever started it.
         is_background: whether that was `furiosa-serve start`.
+        head_start: of the workers; None: they are started when the engine is.
     """
 
     def __init__(
@@ -77,12 +77,14 @@ class Daemon:
         report: StartReport | None = None,
         is_background: bool = False,
         manager: ServiceManager | None = None,
+        head_start: HeadStart | None = None,
     ) -> None:
         self._options = options
         self._run_dir = run_dir
         self._report = StartReport(None) if report is None else report
         self._is_background = is_background
         self._manager = ServiceManager() if manager is None else manager
+        self._head_start = head_start
         self._started_s = time.time()
         self._stop = asyncio.Event()  # it is to end
         self._is_asked_to_stop = False  # ... because somebody wants it to
@@ -103,17 +105,12 @@ class Daemon:
             chat_template=_read_template(options.daemon.chat_template),
             build=self._build_engine,
         )
-        self._http = HttpServer(make_app(self._service, self._keys, options.http), options.http)
-        self._socket = _socket_server(self._service, options.daemon, run_dir)
-        self._control = ControlServer(
-            run_dir.control,
-            {
-                "status": self._status_command,
-                "drain": self._drain_command,
-                "stop": self._stop_command,
-                "reload": self._reload_command,
-            },
-        )
+        self.overview = OwnersOverview(self._service, lambda: self._front_ends.reports())
+        app = make_app(self._service, self._keys, options.http, self.overview)
+        self._http = HttpServer(app, options.http)
+        self._start_watch = StartWatch(self._service, self._report, self._manager)
+        self._socket = _socket_server(self._service, options.daemon, run_dir, self.overview)
+        self._control = ControlServer(run_dir.control, commands_of(self))
 
     async def run(self) -> int:
         """Serve until asked to stop. Returns: the exit code.
@@ -131,7 +128,7 @@ class Daemon:
             await self._control.start()
             self._say_address()
             self._starting = asyncio.create_task(self._start())
-            self._tasks.append(asyncio.create_task(self._watch_start()))
+            self._tasks.append(asyncio.create_task(self._start_watch.run()))
             stopping = asyncio.create_task(self._stop.wait())
             await asyncio.wait((self._starting, stopping), return_when=asyncio.FIRST_COMPLETED)
             if self._starting.done():
@@ -177,6 +174,7 @@ class Daemon:
                     chat_template=self._service.chat_template,
                     ticket=ticket,
                     log_file=self._run_dir.log if self._is_background else None,
+                    control=self._run_dir.control,
                 )
                 for ticket in engine.share(num_others)
             ]
@@ -191,29 +189,10 @@ class Daemon:
                 raise EngineShutDownError("asked to stop while starting")
             report(phase, done, total)
 
-        return build_engine(args, tell, startup=self._service.startup)
-
-    async def _watch_start(self) -> None:
-        """Tell whoever waits how the start goes on, whenever it does."""
-        last: object = None
-        while self._service.state is ServiceState.STARTING:
-            now = (self._service.phase, *self._service.progress, self._service.startup.status)
-            if now != last:
-                last = now
-                line = self._start_line()
-                self._report.phase(line)
-                self._manager.status(line, extend_s=START_EXTENSION_S)
-            await asyncio.sleep(START_POLL_S)
-
-    def _start_line(self) -> str:
-        phase, (done, total) = self._service.phase, self._service.progress
-        workers = self._service.startup.status.workers
-        if workers:
-            num_ready = sum(worker.phase == "ready" for worker in workers)
-            return f"starting the workers: {num_ready} of {len(workers)} ready"
-        return f"{phase}: {100 * done // total} %" if total else phase
+        return build_engine(args, tell, startup=self._service.startup, head_start=self._head_start)
 
     async def _became_ready(self) -> None:
+        settle()
         seconds = time.time() - self._started_s
         _log.info(
             "ready after %.2f s: %s at %s", seconds, self._service.model_name, self._address.http
@@ -232,7 +211,7 @@ class Daemon:
         """
         engine = self._service.engine_or_none
         assert engine is not None
-        ended_by = await engine_end(engine)
+        ended_by = await engine.ended()
         if not self._stop.is_set():
             self._service.fail(FuriosaLLMError(f"the engine has ended: {ended_by}"))
             self._stop.set()
@@ -257,12 +236,12 @@ class Daemon:
 
     async def _reload_and_log(self) -> None:
         try:
-            async for _ in self._reload():
+            async for _ in self.reload():
                 pass
         except FuriosaLLMError as error:
             _log.error("reload: %s", error)
 
-    async def _reload(self) -> AsyncIterator[str]:
+    async def reload(self) -> AsyncIterator[str]:
         """Read keys and certificates again and replace the workers; what fails leaves the old.
 
         Raises: FuriosaLLMError naming what failed.
@@ -276,6 +255,9 @@ class Daemon:
                 yield "reading API keys and certificates"
                 self._keys.reload()
                 self._http.reload_certificates()
+                curve = _curve_of(self._options.daemon)
+                if self._socket is not None and curve is not None:
+                    self._socket.allow(curve)
                 await self._front_ends.reload()
                 engine = self._service.engine_or_none
                 if engine is not None and is_ready:
@@ -296,7 +278,7 @@ class Daemon:
             await service.stop()
             return EXIT_FAILED
         service.begin_drain()
-        num = await self._num_in_flight()
+        num = await self.num_in_flight()
         line = f"draining {num} request{'' if num == 1 else 's'}"
         _log.info("stopping: %s, for at most %g s", line, self._drain_timeout_s)
         self._manager.stopping(line)
@@ -305,7 +287,7 @@ class Daemon:
             await asyncio.wait((self._starting,), timeout=ABANDON_START_S)
         if self._starting is not None and self._starting.done():
             self._starting.exception()  # of the start that was ended: no news
-        self._num_cut = await self._drain(self._drain_timeout_s)
+        self._num_cut = await self.drained(self._drain_timeout_s)
         self._ended.set()
         if self._num_cut:
             _log.warning("cutting %d requests", self._num_cut)
@@ -317,7 +299,7 @@ class Daemon:
         _log.info("stopped")
         return EXIT_CUT if self._num_cut else EXIT_DONE
 
-    async def _drain(self, timeout_s: float) -> int:
+    async def drained(self, timeout_s: float) -> int:
         """Until nothing is in flight, the time is over, or a second signal comes.
 
         Returns: how many requests are still in flight.
@@ -335,12 +317,29 @@ class Daemon:
         await asyncio.gather(own, both, return_exceptions=True)
         return self._service.num_in_flight + left_elsewhere
 
-    async def _num_in_flight(self) -> int:
+    def begin_drain(self) -> None:
+        """Take no more requests."""
+        self._service.begin_drain()
+        self._manager.status("draining")
+
+    def ask_to_stop(self, drain_timeout_s: float) -> None:
+        """As a signal does, with this time for requests in flight."""
+        self._drain_timeout_s = drain_timeout_s
+        self._asked_to_stop()
+
+    async def ended(self) -> int:
+        """Wait until nothing is in flight any more. Returns: how many requests were cut."""
+        await self._ended.wait()
+        return self._num_cut
+
+    @property
+    def drain_timeout_s(self) -> float:
+        """How long requests may go on, where nobody says otherwise."""
+        return self._options.daemon.drain_timeout_s
+
+    async def num_in_flight(self) -> int:
         """Requests of all front-ends."""
-        num: int = self._service.num_in_flight
-        for front_end in await self._front_ends.status():
-            num += front_end["num_in_flight"]
-        return num
+        return (await self.overview.status()).num_in_flight
 
     async def _close(self) -> None:
         for task in self._tasks:
@@ -360,50 +359,12 @@ class Daemon:
         """
         return self._starting is not None and not self._starting.done()
 
-    # --- commands ---------------------------------------------------------------------------------
-
-    async def _status_command(self, arguments: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        front_ends = await self._front_ends.status()
-        status = self.status()
-        for each in front_ends:
-            status["num_in_flight"] += each["num_in_flight"]
-            status["num_connections"] += each["num_connections"]
-        yield {"ok": True, **status, "front_ends": front_ends}
-
-    async def _drain_command(self, arguments: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        """Take no more requests, and say when none is left; the daemon stays."""
-        timeout_s = self._timeout_of(arguments)
-        self._service.begin_drain()
-        self._manager.status("draining")
-        yield {"num_in_flight": await self._num_in_flight(), "drain_timeout_s": timeout_s}
-        yield {"ok": True, "num_in_flight": await self._drain(timeout_s)}
-
-    async def _stop_command(self, arguments: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        self._drain_timeout_s = self._timeout_of(arguments)
-        self._asked_to_stop()
-        yield {
-            "num_in_flight": await self._num_in_flight(),
-            "drain_timeout_s": self._drain_timeout_s,
-        }
-        await self._ended.wait()
-        yield {"ok": True, "num_cut": self._num_cut}
-
-    async def _reload_command(self, arguments: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        async for step in self._reload():
-            yield {"step": step}
-        yield {"ok": True}
-
-    def _timeout_of(self, arguments: Mapping[str, Any]) -> float:
-        given = arguments.get("timeout_s")
-        if given is None:
-            return self._options.daemon.drain_timeout_s
-        return check_number("timeout_s", given, low=0, high=MAX_DRAIN_S)
-
-    def status(self) -> dict[str, Any]:
-        """What this process and its workers are doing, as JSON values."""
+    async def status(self) -> dict[str, Any]:
+        """What the daemon and its workers are doing, as JSON values."""
+        overview = await self.overview.status()
         engine = self._service.engine_or_none
-        status: dict[str, Any] = msgspec.to_builtins(status_of(self._service))
-        status["phase"] = self._start_line() if engine is None else self._service.phase
+        status: dict[str, Any] = msgspec.to_builtins(overview)
+        status["phase"] = self._start_watch.line() if engine is None else self._service.phase
         if engine is None:
             status["workers"] = msgspec.to_builtins(self._service.startup.status.workers)
         else:
@@ -413,7 +374,8 @@ class Daemon:
             "pid": self._address.pid,
             "http": self._address.http,
             "socket": self._address.socket,
-            "num_connections": self._http.num_connections,
+            "num_connections": self._http.num_connections
+            + sum(each.num_connections for each in overview.front_ends),
             "num_clients": 0 if self._socket is None else self._socket.num_clients,
             **status,
         }
@@ -430,11 +392,17 @@ def _read_template(path: str | None) -> str | None:
         ) from None
 
 
-def _socket_server(service: Service, config: DaemonConfig, run_dir: RunDir) -> SocketServer | None:
+def _socket_server(
+    service: Service, config: DaemonConfig, run_dir: RunDir, overview: Overview
+) -> SocketServer | None:
     if config.socket == "none":
         return None
-    curve = None
-    if config.curve_key_file is not None and config.curve_clients_dir is not None:
-        curve = ServerCurve.load(config.curve_key_file, config.curve_clients_dir)
     endpoint = f"ipc://{run_dir.socket}" if config.socket == "auto" else config.socket
-    return SocketServer(service, endpoint, curve)
+    return SocketServer(service, endpoint, _curve_of(config), overview=overview)
+
+
+def _curve_of(config: DaemonConfig) -> ServerCurve | None:
+    """The keys as they are now. Raises: InvalidRequestError."""
+    if config.curve_key_file is None or config.curve_clients_dir is None:
+        return None
+    return ServerCurve.load(config.curve_key_file, config.curve_clients_dir)

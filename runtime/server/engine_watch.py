@@ -1,4 +1,4 @@
-"""Looks at an engine from time to time: has it ended, does it still answer?"""
+"""Looks at an engine from time to time: does it still answer?"""
 
 from __future__ import annotations
 
@@ -10,17 +10,7 @@ from collections.abc import AsyncIterator
 from furiosa_llm.engine.async_llm_engine import AsyncLLMEngine
 from furiosa_llm.errors import FuriosaLLMError
 
-WATCH_INTERVAL_S = 1.0
-"""How often the engine is looked at: a look reads a few attributes."""
-
 _log = logging.getLogger(__name__)
-
-
-async def engine_end(engine: AsyncLLMEngine) -> str:
-    """Wait until the engine takes no more requests. Returns: why that is."""
-    while (ended_by := engine.status().ended_by) is None:
-        await asyncio.sleep(WATCH_INTERVAL_S)
-    return ended_by
 
 
 async def health_checks(engine: AsyncLLMEngine, interval_s: float) -> AsyncIterator[None]:

@@ -18,6 +18,7 @@ from furiosa_llm.errors import (
     FuriosaLLMError,
     InvalidRequestError,
     OverloadedError,
+    QuarantinedError,
     RequestAbortedError,
     ServiceUnavailableError,
     WorkerDiedError,
@@ -27,6 +28,9 @@ Headers = tuple[tuple[bytes, bytes], ...]
 
 NO_RETRY: Headers = ((b"x-should-retry", b"false"),)
 """OpenAI's clients try a 5xx again by themselves; this header keeps them from it."""
+
+NO_WORKER_RETRY_AFTER_S = 5.0
+"""A server that has lost all workers ends, and whoever runs it starts it again."""
 
 MAX_MESSAGE_CHARS = 2_000
 
@@ -178,13 +182,21 @@ def http_error_of(error: BaseException) -> HttpError:
                 code=ServiceUnavailableError.code,
                 headers=_retry_after(1.0),
             )
-        case WorkerDiedError():
+        case QuarantinedError():
             return HttpError(
                 500,
                 "the workers that ran this request died, so it is not tried again",
                 type="server_error",
                 code=error.code,
                 headers=NO_RETRY,
+            )
+        case WorkerDiedError():
+            return HttpError(
+                503,
+                "no worker is left to run this request: try again later, or another server",
+                type="server_error",
+                code=error.code,
+                headers=_retry_after(NO_WORKER_RETRY_AFTER_S),
             )
         case HTTPException():
             return HttpError(

@@ -18,19 +18,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import uvloop
 
 from furiosa_llm.args import EngineArgs
+from furiosa_llm.collector import settle
 from furiosa_llm.engine.async_llm_engine import AsyncLLMEngine
 from furiosa_llm.engine.attach_ticket import AttachTicket
 from furiosa_llm.errors import FuriosaLLMError
 from furiosa_llm.server.app import make_app
 from furiosa_llm.server.auth import ApiKeys
-from furiosa_llm.server.engine_watch import engine_end
+from furiosa_llm.server.front_end_counts import counts_of
+from furiosa_llm.server.front_end_report import FrontEndReport
 from furiosa_llm.server.http_server import HttpServer
 from furiosa_llm.server.logs import set_up_logging
 from furiosa_llm.server.option_values import options_of_json, options_to_json
 from furiosa_llm.server.options import ServeOptions
+from furiosa_llm.server.overview import RemoteOverview
 from furiosa_llm.server.service import Report, Service
 
 MAX_LINE_BYTES = 1 << 24
@@ -50,6 +54,7 @@ class Setup:
     )  # its text: all front-ends have the same, whatever becomes of the file
     ticket: AttachTicket
     log_file: Path | None
+    control: Path  # the daemon's control socket
 
     def to_json(self) -> str:
         return json.dumps(
@@ -58,6 +63,7 @@ class Setup:
                 "chat_template": self.chat_template,
                 "ticket": self.ticket.to_json(),
                 "log_file": None if self.log_file is None else str(self.log_file),
+                "control": str(self.control),
             }
         )
 
@@ -69,6 +75,7 @@ class Setup:
             chat_template=content["chat_template"],
             ticket=AttachTicket.from_json(content["ticket"]),
             log_file=None if content["log_file"] is None else Path(content["log_file"]),
+            control=Path(content["control"]),
         )
 
 
@@ -89,7 +96,9 @@ class FrontEnd:
             chat_template=setup.chat_template,
             build=self._attach,
         )
-        self._http = HttpServer(make_app(self._service, self._keys, options.http), options.http)
+        overview = RemoteOverview(setup.control)
+        app = make_app(self._service, self._keys, options.http, overview)
+        self._http = HttpServer(app, options.http)
 
     async def run(self) -> int:
         """Serve until told to stop or left alone. Returns: the exit code."""
@@ -97,9 +106,10 @@ class FrontEnd:
         try:
             await self._service.start()
             await self._http.start()
+            settle()
             self._say({"id": READY_ID, "ready": os.getpid()})
             engine = self._service.engine
-            ended = asyncio.create_task(engine_end(engine))
+            ended = asyncio.create_task(engine.ended())
             obeying = asyncio.create_task(self._obey(tasks))
             tasks |= {ended, obeying}
             await asyncio.wait((ended, obeying), return_when=asyncio.FIRST_COMPLETED)
@@ -141,14 +151,22 @@ class FrontEnd:
                 case "reload":
                     self._keys.reload()
                     self._http.reload_certificates()
-                case "status":
-                    answer["num_in_flight"] = self._service.num_in_flight
-                    answer["num_connections"] = self._http.num_connections
+                case "report":
+                    answer["report"] = msgspec.to_builtins(self._report())
                 case _:
                     raise AssertionError(f"the daemon does not say {name}")
         except FuriosaLLMError as error:
             answer["error"] = str(error)
         self._say(answer)
+
+    def _report(self) -> FrontEndReport:
+        engine = self._service.engine_or_none
+        return FrontEndReport(
+            pid=os.getpid(),
+            num_connections=self._http.num_connections,
+            counts=counts_of(self._service),
+            engine=None if engine is None else engine.status(),
+        )
 
     async def _drain(self, timeout_s: float) -> int:
         self._service.begin_drain()

@@ -15,15 +15,22 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
+
+import msgspec
 
 from furiosa_llm.engine.supervisor import GiveUp, RestartPolicy
 from furiosa_llm.errors import FuriosaLLMError
 from furiosa_llm.server.front_end import MAX_LINE_BYTES, READY_ID, Setup
+from furiosa_llm.server.front_end_report import CountsLedger, FrontEndReport, FrontEndReports
 
 START_TIMEOUT_S = 60.0
 ANSWER_TIMEOUT_S = 10.0
 """Beyond what a command itself takes."""
+
+REPORT_TIMEOUT_S = 2.0
+"""Whoever asks for a report waits for the slowest front-end."""
 
 END_TIMEOUT_S = 10.0
 
@@ -73,16 +80,19 @@ class FrontEndProcess:
         if self._reading is not None:
             await asyncio.shield(self._reading)
 
-    async def ask(self, command: str, *, timeout_s: float = 0.0) -> dict[str, Any]:
+    async def ask(
+        self, command: str, *, timeout_s: float = 0.0, patience_s: float = ANSWER_TIMEOUT_S
+    ) -> dict[str, Any]:
         """Tell it a command and wait for its answer.
 
         Args:
             timeout_s: of the command itself.
+            patience_s: how much later the answer may come.
         Raises: FuriosaLLMError if it says why not, does not answer in time, or ends.
         """
         answer_id = next(self._ids)
         line = json.dumps({"id": answer_id, "command": command, "timeout_s": timeout_s})
-        return await self._answer_to(answer_id, line, timeout_s + ANSWER_TIMEOUT_S)
+        return await self._answer_to(answer_id, line, timeout_s + patience_s)
 
     def kill(self) -> None:
         if self._process is not None:
@@ -135,6 +145,8 @@ class FrontEnds:
     def __init__(self, setups: Sequence[Setup] = ()) -> None:
         self._processes = [FrontEndProcess(i, setup) for i, setup in enumerate(setups, start=1)]
         self._keepers: list[asyncio.Task[None]] = []
+        self._ledger = CountsLedger()
+        self._reporting = asyncio.Lock()  # reports come one after the other, so none is older
 
     async def start(self) -> None:
         """Start them and keep them. Raises: FuriosaLLMError if one does not start."""
@@ -156,19 +168,22 @@ class FrontEnds:
             if isinstance(answer.get("failure"), FuriosaLLMError):
                 raise answer["failure"]
 
-    async def status(self) -> list[dict[str, Any]]:
-        """What they are doing, as JSON values."""
-        answers = await self._ask_all("status")
-        return [
-            {
-                "index": process.index,
-                "pid": process.pid,
-                "num_restarts": process.num_starts - 1,
-                "num_in_flight": answer.get("num_in_flight", 0),
-                "num_connections": answer.get("num_connections", 0),
-            }
-            for process, answer in zip(self._processes, answers, strict=True)
-        ]
+    async def reports(self) -> FrontEndReports:
+        """What they are doing, and have counted."""
+        async with self._reporting:
+            now = tuple(await asyncio.gather(*map(self._report, self._processes)))
+        return FrontEndReports(now, self._ledger.total(report.counts for report in now))
+
+    async def _report(self, process: FrontEndProcess) -> FrontEndReport:
+        try:
+            answer = await process.ask("report", patience_s=REPORT_TIMEOUT_S)
+        except FuriosaLLMError:  # it has died, say: its counts must not fall
+            report = FrontEndReport(process.pid, 0, self._ledger.last(process.index), None)
+        else:
+            report = msgspec.convert(answer["report"], FrontEndReport)
+            assert report.pid is not None
+            self._ledger.note(process.index, report.pid, report.counts)
+        return replace(report, index=process.index, num_restarts=max(0, process.num_starts - 1))
 
     async def stop(self) -> None:
         """End them, and what still runs in them; idempotent."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from furiosa_llm.server.histogram import Histogram
+from furiosa_llm.histogram import Histogram
 
 INTERVAL_S = 0.1
 NUM_QUIET_TICKS = 10

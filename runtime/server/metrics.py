@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from furiosa_llm.server.histogram import Histogram
+from furiosa_llm.histogram import Histogram
 from furiosa_llm.server.loop_lag import LoopLag
 from furiosa_llm.server.metrics_hooks import MetricsHooks
 

@@ -13,9 +13,10 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from furiosa_llm.engine.status import EngineStatus, WorkerStatus
-from furiosa_llm.server.histogram import Histogram
-from furiosa_llm.server.metrics import Metrics
+from furiosa_llm.engine.async_llm_engine import AsyncLLMEngine
+from furiosa_llm.engine.status import WorkerStatus
+from furiosa_llm.histogram import HistogramCounts
+from furiosa_llm.server.front_end_counts import FrontEndCounts, counts_of
 from furiosa_llm.server.service import Service, ServiceState
 
 PREFIX = "furiosa_llm_"
@@ -51,6 +52,33 @@ _OF_WORKERS: tuple[tuple[str, str, str, Callable[[WorkerStatus], float | None]],
 """(type, name, help, value); no sample where the value is None."""
 
 
+_HISTOGRAMS = {
+    "request_prompt_tokens": "Prompt tokens of a request.",
+    "request_generation_tokens": "Tokens made for a request.",
+    "request_params_n": "Choices that a request asked for.",
+    "request_params_max_tokens": "max_tokens, where given.",
+    "queue_time_seconds": "From a sequence's arrival until its first step began.",
+    "time_to_first_token_seconds": "From a request's arrival to its first token.",
+    "inter_token_latency_seconds": "Between a request's tokens.",
+    "e2e_request_latency_seconds": "From a request's arrival to its end.",
+    "loop_lag_seconds": "How late the event loop runs what is due, while it is busy.",
+}
+_TOTALS = {
+    "prompt_tokens": "Prompt tokens of requests that got a token.",
+    "generation_tokens": "Tokens made for callers.",
+    "abort": "Requests whose client left before the end.",
+}
+_BY_LABEL = {
+    "request_success": ("finished_reason", "Choices that ended, by why."),
+    "requests_rejected": ("reason", "Requests answered by an error, by its code."),
+    "requests_received": ("endpoint", "Requests that went to the engine."),
+    "requests_migrated": (
+        "reason", "Requests that went on elsewhere, since their worker died or was reloaded.",
+    ),
+}  # fmt: skip
+"""Of `FrontEndCounts`: what each of its metrics means, and what its label is called."""
+
+
 class MetricsCollector(Collector):
     """Of one service; every scrape asks it anew.
 
@@ -58,16 +86,21 @@ class MetricsCollector(Collector):
         build_info: labels of build_info, the version and such.
     """
 
-    def __init__(self, service: Service, metrics: Metrics, build_info: Mapping[str, str]) -> None:
+    def __init__(self, service: Service, build_info: Mapping[str, str]) -> None:
         self._service = service
-        self._metrics = metrics
         self._build_info = dict(build_info)
+        self._counts: FrontEndCounts | None = None
         self._registry = CollectorRegistry()
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
 
-    def text(self) -> bytes:
-        """Everything, in version 0.0.4 of the text format."""
+    def text(self, counts: FrontEndCounts | None = None) -> bytes:
+        """Everything, in version 0.0.4 of the text format.
+
+        Args:
+            counts: of all front-ends; None: this process is the only one.
+        """
+        self._counts = counts
         return generate_latest(self._registry)
 
     def describe(self) -> Iterable[Metric]:
@@ -75,74 +108,45 @@ class MetricsCollector(Collector):
         return ()
 
     def collect(self) -> Iterator[Metric]:
+        counts = counts_of(self._service) if self._counts is None else self._counts
         yield from self._of_service()
-        yield from self._histograms()
-        yield from self._counters()
+        yield from self._of_front_ends(counts)
         engine = self._service.engine_or_none
         if engine is not None:
-            yield from self._of_engine(engine.status())
+            yield from self._of_engine(engine, counts.num_waiting)
 
     def _of_service(self) -> Iterator[Metric]:
-        service = self._service
         yield _family("gauge", "build_info", "What runs; always 1.", [(self._build_info, 1)])
-        states: Samples = [({"state": s.value}, s is service.state) for s in ServiceState]
+        now = self._service.state
+        states: Samples = [({"state": s.value}, s is now) for s in ServiceState]
         yield _family("gauge", "server_state", "1 for the state that the server is in.", states)
-        in_flight = [(self._labels(), service.num_in_flight)]
+
+    def _of_front_ends(self, counts: FrontEndCounts) -> Iterator[Metric]:
+        at = self._labels()
+        in_flight = [(at, counts.num_in_flight)]
         yield _family("gauge", "requests_in_flight", "Requests being served.", in_flight)
+        for name, help in _HISTOGRAMS.items():
+            yield _histogram_family(name, help, [(at, counts.histograms[name])])
+        for name, help in _TOTALS.items():
+            yield _family("counter", name, help, [(at, counts.totals[name])])
+        for name, (label, help) in _BY_LABEL.items():
+            values = counts.by_label[name].items()
+            yield _family("counter", name, help, [(at | {label: key}, n) for key, n in values])
 
-    def _histograms(self) -> Iterator[Metric]:
-        metrics = self._metrics
-        for name, help, histogram in (
-            ("request_prompt_tokens", "Prompt tokens of a request.", metrics.prompt_tokens),
-            ("request_generation_tokens", "Tokens made for a request.", metrics.generation_tokens),
-            ("request_params_n", "Choices that a request asked for.", metrics.params_n),
-            ("request_params_max_tokens", "max_tokens, where given.", metrics.params_max_tokens),
-            (
-                "time_to_first_token_seconds", "From a request's arrival to its first token.",
-                metrics.first_token_s,
-            ),
-            ("inter_token_latency_seconds", "Between a request's tokens.", metrics.inter_token_s),
-            (
-                "e2e_request_latency_seconds", "From a request's arrival to its end.",
-                metrics.request_s,
-            ),
-            (
-                "loop_lag_seconds", "How late the event loop runs what is due, while it is busy.",
-                metrics.loop_lag.seconds,
-            ),
-        ):  # fmt: skip
-            yield _histogram_family(name, help, self._labels(), histogram)
-
-    def _counters(self) -> Iterator[Metric]:
-        metrics, labels = self._metrics, self._labels()
-        for name, help, value in (
-            ("prompt_tokens", "Prompt tokens of requests that got a token.",
-             metrics.num_prompt_tokens),
-            ("generation_tokens", "Tokens made for callers.", metrics.num_generation_tokens),
-            ("abort", "Requests whose client left before the end.", metrics.num_aborted),
-        ):  # fmt: skip
-            yield _family("counter", name, help, [(labels, value)])
-        for name, label, help, values in (
-            ("request_success", "finished_reason", "Choices that ended, by why.",
-             metrics.num_by_finish_reason),
-            ("requests_rejected", "reason", "Requests answered by an error, by its code.",
-             metrics.num_by_refusal),
-            ("requests_received", "endpoint", "Requests that went to the engine.",
-             metrics.num_by_endpoint),
-        ):  # fmt: skip
-            samples = [(labels | {label: key}, count) for key, count in values.items()]
-            yield _family("counter", name, help, samples)
-
-    def _of_engine(self, status: EngineStatus) -> Iterator[Metric]:
+    def _of_engine(self, engine: AsyncLLMEngine, num_waiting: int) -> Iterator[Metric]:
+        status = engine.status()
         workers = [(self._labels(str(worker.worker_id)), worker) for worker in status.workers]
         for kind, name, help, value_of in _OF_WORKERS:
             values = ((labels, value_of(worker)) for labels, worker in workers)
             known = [(labels, value) for labels, value in values if value is not None]
             yield _family(kind, name, help, known)
+        steps = zip(workers, engine.counts.step_s, strict=True)
+        steps_s = [(labels, histogram.counts()) for (labels, _), histogram in steps]
+        yield _histogram_family("step_seconds", "How long the kernels take for a step.", steps_s)
         yield _family(
             "gauge", "num_requests_waiting",
             "Sequences without KV blocks: at a worker, or in the front-end for want of one.",
-            [(self._labels(), status.num_waiting)] + [(at, w.num_waiting) for at, w in workers],
+            [(self._labels(), num_waiting)] + [(at, w.num_waiting) for at, w in workers],
         )  # fmt: skip
         blocks: list[tuple[Labels, float]] = []
         restarts: list[tuple[Labels, float]] = []
@@ -173,10 +177,13 @@ def _family(kind: str, name: str, help: str, samples: Samples) -> Metric:
     return metric
 
 
-def _histogram_family(name: str, help: str, labels: Labels, histogram: Histogram) -> Metric:
+def _histogram_family(
+    name: str, help: str, histograms: Iterable[tuple[Labels, HistogramCounts]]
+) -> Metric:
     metric = Metric(PREFIX + name, help, "histogram")
-    for bound, count in histogram.cumulative():
-        metric.add_sample(metric.name + "_bucket", labels | {"le": bound}, count)
-    metric.add_sample(metric.name + "_count", labels, histogram.count)
-    metric.add_sample(metric.name + "_sum", labels, histogram.sum)
+    for labels, histogram in histograms:
+        for bound, count in histogram.cumulative():
+            metric.add_sample(metric.name + "_bucket", labels | {"le": bound}, count)
+        metric.add_sample(metric.name + "_count", labels, histogram.count)
+        metric.add_sample(metric.name + "_sum", labels, histogram.sum)
     return metric

@@ -7,7 +7,6 @@ looks like an option's is not ours to refuse, so it is a warning.
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -102,6 +101,8 @@ def resolve_layers(
 
 def nearest(word: str, names: Mapping[str, object] | list[str]) -> str:
     """The name that `word` is likely to mean, or ""."""
+    import difflib  # for a wrong name only: 15 ms of every start
+
     return next(iter(difflib.get_close_matches(word, list(names), n=1, cutoff=0.6)), "")
 
 

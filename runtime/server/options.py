@@ -181,7 +181,7 @@ _DAEMON: dict[str, tuple[str, Read, str, Check, str]] = {
     ),
     "curve_key_file": (
         "Daemon", read_text, "FILE", _optional(_path),
-        "the socket's .key_secret file, for tcp:// (made by zmq.auth.create_certificates)",
+        "the socket's .key_secret file, for tcp:// ('furiosa-serve keys' makes it)",
     ),
     "curve_clients_dir": (
         "Daemon", read_text, "DIR", _optional(_path),

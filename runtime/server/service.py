@@ -18,6 +18,7 @@ from typing import TypeVar
 
 from furiosa_llm.args import EngineArgs
 from furiosa_llm.engine.async_llm_engine import AsyncLLMEngine
+from furiosa_llm.engine.head_start import HeadStart
 from furiosa_llm.engine.settings import resolve_settings
 from furiosa_llm.engine.startup import StartupProgress
 from furiosa_llm.errors import FuriosaLLMError, OverloadedError, ServiceUnavailableError
@@ -25,7 +26,6 @@ from furiosa_llm.server.limits import Limits
 from furiosa_llm.server.mailbox import Delivery
 from furiosa_llm.server.metrics import Metrics
 from furiosa_llm.server.metrics_hooks import MetricsHooks
-from furiosa_llm.workers.artifact.artifact import Artifact
 
 T = TypeVar("T")
 
@@ -51,13 +51,18 @@ class ServiceState(Enum):
 
 
 def build_engine(
-    args: EngineArgs, report: Report, *, startup: StartupProgress | None = None
+    args: EngineArgs,
+    report: Report,
+    *,
+    startup: StartupProgress | None = None,
+    head_start: HeadStart | None = None,
 ) -> AsyncLLMEngine:
-    """Find or build the model and start the workers."""
-    report("loading the model", 0, 0)
-    settings = resolve_settings(args, report, startup)
-    report("starting the workers", 0, len(settings.workers))
-    return AsyncLLMEngine(settings, startup=startup)
+    """Find or build the model and start the workers, or configure those that have a head start."""
+    with HeadStart.of(args) if head_start is None else head_start as workers:
+        report("loading the model", 0, 0)
+        settings = resolve_settings(args, report, startup)
+        report("starting the workers", 0, len(settings.workers))
+        return AsyncLLMEngine(settings, startup=startup, head_start=workers)
 
 
 class Service:
@@ -200,7 +205,7 @@ class Service:
 
     def _build_engine(self) -> tuple[AsyncLLMEngine, str]:
         engine = self._build(self._args, self._report)
-        return engine, Artifact.open(engine.settings.model.path).artifact_id
+        return engine, engine.settings.model.artifact.artifact_id
 
     def _report(self, phase: str, done: int, total: int) -> None:
         self.phase, self.progress = phase, (done, total)

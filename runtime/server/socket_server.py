@@ -29,6 +29,7 @@ from furiosa_llm.server.client_limits import ClientLimits
 from furiosa_llm.server.client_session import ClientSession, Sent
 from furiosa_llm.server.curve import Authenticator, ServerCurve
 from furiosa_llm.server.live_stream import Inbox
+from furiosa_llm.server.overview import Overview, OwnersOverview
 from furiosa_llm.server.service import Service
 from furiosa_llm.wire.client_codec import (
     MAX_CLIENT_MESSAGE_BYTES,
@@ -72,8 +73,10 @@ class SocketServer:
         curve: ServerCurve | None = None,
         *,
         limits: ClientLimits | None = None,
+        overview: Overview | None = None,
     ) -> None:
         self._service = service
+        self._overview = OwnersOverview(service) if overview is None else overview
         self.endpoint = _check_endpoint(endpoint, has_keys=curve is not None)
         self._curve = curve
         self._limits = ClientLimits() if limits is None else limits
@@ -130,6 +133,11 @@ class SocketServer:
             os.chmod(self.endpoint.removeprefix("ipc://"), 0o600)
         else:
             self.endpoint = router.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()
+
+    def allow(self, curve: ServerCurve) -> None:
+        """Let in the clients of `curve` from now on; the server's own key stays what it is."""
+        if self._authenticator is not None:
+            self._authenticator.allow(curve.client_keys)
 
     async def stop(self) -> None:
         """Say goodbye to all clients and end their requests; idempotent.
@@ -211,6 +219,7 @@ class SocketServer:
             identity,
             hello.client_id,
             service=self._service,
+            overview=self._overview,
             inbox=self._inbox,
             limits=self._limits,
             transmit=self._transmit,

@@ -8,13 +8,13 @@ import msgspec
 
 from furiosa_llm.engine.async_llm_engine import AsyncLLMEngine
 from furiosa_llm.server.service import Service
-from furiosa_llm.server.status import status_of
+from furiosa_llm.server.status import ServerStatus
 
 
-def plain_status(service: Service) -> dict[str, Any]:
+def plain_status(server_status: ServerStatus, service: Service) -> dict[str, Any]:
     """What HTTP's status says, and what only clients of the socket need."""
     # By way of JSON: `to_builtins` leaves tuples, and the wire knows lists.
-    status: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(status_of(service)))
+    status: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(server_status))
     engine = service.engine_or_none
     status["model_id"] = None if engine is None else model_id(service.artifact_id, engine)
     status["has_chat_template"] = engine is not None and (

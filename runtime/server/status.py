@@ -1,16 +1,13 @@
-"""GET /v1/status: what the server and its workers are doing, in any state of the server."""
+"""What the server and its workers are doing, in any state of the server."""
 
 from __future__ import annotations
 
 import time
 
 import msgspec
-from starlette.requests import Request
-from starlette.responses import Response
 
 from furiosa_llm import __version__
 from furiosa_llm.engine.status import EngineStatus
-from furiosa_llm.server.json_response import json_response
 from furiosa_llm.server.service import Service
 
 
@@ -19,6 +16,17 @@ class Progress(msgspec.Struct):
 
     done: int
     total: int
+
+
+class FrontEndStatus(msgspec.Struct):
+    """A process beside the first one that serves HTTP on the same port."""
+
+    index: int
+    pid: int | None
+    """Null while it is not running."""
+    num_restarts: int
+    num_in_flight: int
+    num_connections: int
 
 
 class ServerStatus(msgspec.Struct, kw_only=True):
@@ -48,10 +56,12 @@ class ServerStatus(msgspec.Struct, kw_only=True):
     """Tokens that prompt and answer may have together."""
     engine: EngineStatus | None = None
     """Workers, queues and blocks."""
+    front_ends: list[FrontEndStatus] = []
+    """With --api-servers: all but the first. What is counted above is that of all together."""
 
 
 def status_of(service: Service) -> ServerStatus:
-    """What `service` is doing now."""
+    """What this process and its workers are doing now."""
     status = ServerStatus(
         state=service.state.value,
         phase=service.phase,
@@ -72,13 +82,3 @@ def status_of(service: Service) -> ServerStatus:
         status.max_model_len = engine.max_model_len
         status.engine = engine.status()
     return status
-
-
-class Status:
-    """The endpoint."""
-
-    def __init__(self, service: Service) -> None:
-        self._service = service
-
-    async def get(self, request: Request) -> Response:
-        return json_response(status_of(self._service))

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from furiosa_llm.errors import FuriosaLLMError
 from furiosa_llm.loadgen.http_url import HttpUrl
 from furiosa_llm.run_dir import RunDir
-from furiosa_llm.server.control import ControlClient
+from furiosa_llm.server.control_client import ControlClient
 from furiosa_llm.top.metrics_text import Metrics, read_histograms
 from furiosa_llm.top.reading import Reading, reading_of
 

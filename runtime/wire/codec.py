@@ -224,6 +224,8 @@ _FIELDS: dict[type, Kind] = {
             "finish_codes": integers("B", MAX_ROWS),
             "logprobs": tuple_of(pair(_INT32, _LOGPROBS), MAX_ROWS),
             "load": _LOAD,
+            "step_s": number(0),
+            "begun": tuple_of(pair(_SEQUENCE_ID, number(0)), MAX_ROWS),
         },
         _rows_fit,
     ),

@@ -210,6 +210,10 @@ class Tokens:
     finish_codes: tuple[int, ...]  # indices into FINISH_REASONS
     logprobs: tuple[tuple[int, TokenLogprobs], ...]  # (index into the tuples above, its values)
     load: WorkerLoad  # after this step
+    step_s: float = 0.0  # how long the executor took
+    begun: tuple[tuple[int, float], ...] = ()
+    """(sequence_id, how many seconds ago), of this front-end's sequences whose first step began
+    since the last `Tokens`. An age and no time of day: the two may be on two machines."""
 
 
 @dataclass(frozen=True, slots=True)

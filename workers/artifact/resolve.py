@@ -1,4 +1,8 @@
-"""From what a user calls a model to an artifact directory, building one in the cache if need be."""
+"""From what a user calls a model to an artifact directory, building one in the cache if need be.
+
+An artifact's own directory is the common case and comes first: what fetches, reads and builds
+models (numpy and more) is imported only for the others.
+"""
 
 from __future__ import annotations
 
@@ -10,38 +14,34 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from furiosa_llm.errors import ArtifactError
-from furiosa_llm.workers.artifact import hf
 from furiosa_llm.workers.artifact.artifact import Artifact, is_artifact
-from furiosa_llm.workers.artifact.build import (
-    BUILDER_VERSION,
-    WEIGHT_CHOICES,
-    Progress,
-    build_artifact,
-)
 from furiosa_llm.workers.artifact.file_lock import file_lock
-from furiosa_llm.workers.artifact.known_models import (
-    KNOWN_MODELS,
-    Download,
-    KnownModel,
-    fetch_known_model,
-    find_known_model,
-)
 from furiosa_llm.workers.artifact.manifest import FORMAT_VERSION
 from furiosa_llm.workers.artifact.memory import available_memory_bytes
+
+if TYPE_CHECKING:
+    from furiosa_llm.workers.artifact.build import Progress
+    from furiosa_llm.workers.artifact.known_models import Download, KnownModel
 
 
 @dataclass(frozen=True, slots=True)
 class ResolvedModel:
-    """An artifact directory that opens.
+    """An artifact directory, opened.
 
     `temporary` is None unless the artifact was built without a cache: then it owns the directory,
     which `cleanup()` (or the end of the process) removes.
     """
 
-    path: Path
+    artifact: Artifact
     temporary: tempfile.TemporaryDirectory[str] | None = None
+
+    @property
+    def path(self) -> Path:
+        """The artifact's directory."""
+        return self.artifact.path
 
 
 def resolve_model(
@@ -64,15 +64,22 @@ def resolve_model(
         available_memory: see `build_artifact`.
     Raises: ArtifactError if the model is none of these, is damaged, or does not fit.
     """
+    path = Path(model).expanduser()
+    if weights == "auto" and _exists(path) and is_artifact(path):
+        return ResolvedModel(Artifact.open(path))
+
+    from furiosa_llm.workers.artifact import hf
+    from furiosa_llm.workers.artifact.build import WEIGHT_CHOICES, build_artifact
+    from furiosa_llm.workers.artifact.known_models import fetch_known_model, find_known_model
+
     if weights not in WEIGHT_CHOICES:
         raise ArtifactError(f"weights {weights!r} is unknown; choose {', '.join(WEIGHT_CHOICES)}")
-    path = Path(model).expanduser()
     known = None if _exists(path) else find_known_model(model)
     if known is None:
         if not _exists(path):
             raise _unknown(model, "there is no such file or directory")
         if is_artifact(path):
-            return ResolvedModel(_check_artifact(path, weights))
+            return ResolvedModel(_open_checked(path, weights))
         if path.is_dir() and not hf.is_checkpoint(path):
             raise _unknown(model, "the directory has neither artifact.json nor config.json")
 
@@ -90,7 +97,7 @@ def resolve_model(
         temporary = tempfile.TemporaryDirectory(prefix="furiosa-serve-")
         try:
             directory = Path(temporary.name)
-            return ResolvedModel(build(directory / "artifact", directory), temporary)
+            return ResolvedModel(Artifact.open(build(directory / "artifact", directory)), temporary)
         except BaseException:
             temporary.cleanup()
             raise
@@ -105,27 +112,29 @@ def resolve_model(
         raise ArtifactError(f"the cache directory {cache_dir} cannot be used: {error}") from error
 
 
-def _find_or_build(out: Path, build: Callable[[Path], Path]) -> Path:
+def _find_or_build(out: Path, build: Callable[[Path], Path]) -> Artifact:
     if out.exists():
         try:
-            return Artifact.open(out).path
+            return Artifact.open(out)
         except ArtifactError:
             shutil.rmtree(out)  # it is ours, and damaged: make it anew
-    return build(out)
+    return Artifact.open(build(out))
 
 
-def _check_artifact(path: Path, weights: str) -> Path:
+def _open_checked(path: Path, weights: str) -> Artifact:
     artifact = Artifact.open(path)
     if weights not in ("auto", artifact.weights):
         raise ArtifactError(
             f"the artifact {path} has {artifact.weights} weights, not {weights}: leave --weights "
             f"at auto, or build one with --weights {weights} from the model it was made of"
         )
-    return path
+    return artifact
 
 
 def _cache_name(path: Path, known: KnownModel | None, weights: str) -> str:
     """Name, weight type and a fingerprint of the source: what is changed or renewed is rebuilt."""
+    from furiosa_llm.workers.artifact.build import BUILDER_VERSION
+
     if known is not None:
         name, parts = known.name, [known.sha256]
     else:
@@ -149,6 +158,8 @@ def _exists(path: Path) -> bool:
 
 
 def _unknown(model: str, reason: str) -> ArtifactError:
+    from furiosa_llm.workers.artifact.known_models import KNOWN_MODELS
+
     known = ", ".join(x.name for x in KNOWN_MODELS)
     return ArtifactError(
         f"model {model[:200]!r} cannot be used: {reason}. It must be an artifact directory "
