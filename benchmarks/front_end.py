@@ -25,6 +25,7 @@ from pathlib import Path
 from machine import facts, results_path, table
 
 from furiosa_llm import AsyncEngineArgs, AsyncLLMEngine, RequestOutputKind, SamplingParams
+from furiosa_llm.collector import settle
 from furiosa_llm.topology import discover_topology
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
@@ -42,6 +43,7 @@ def make_engine(model: str, tokens_per_s: float) -> AsyncLLMEngine:
     engine = AsyncLLMEngine.from_engine_args(
         AsyncEngineArgs(model=model, backend="mock", devices=str(last), seed=1)
     )
+    settle()  # as the daemon does when it is ready
     first_cpu = min(topology.cards[0].pes[0].cpus)
     for task in Path("/proc/self/task").iterdir():
         os.sched_setaffinity(int(task.name), {first_cpu})

@@ -1,6 +1,10 @@
-"""Our daemon against llama.cpp's server: the same GGUF file, the same client, in turn.
+"""Our daemon against llama.cpp's server: the same weight type, the same client, in turn.
 
     python benchmarks/serving_vs_llamacpp.py --gguf SmolLM2-Q8_0.gguf [--llama-bin DIR]
+        [--our-model SmolLM2-F32.gguf --our-weights int8]
+
+Both serve the one file, or each its own quantisation of the model: our int8 for their Q8_0, made
+by us from the file that theirs was made from.
 
 Each round starts both servers anew for each number of clients, ours and the peer's in turn. The
 peer has a slot for each client, no cache of prompts, and flash attention on or off, whichever was
@@ -55,6 +59,8 @@ class Comparison:
         self, options: argparse.Namespace, tool: Path, shape: Shape, *, num_threads: int
     ) -> None:
         self._gguf: Path = options.gguf.resolve()
+        self._our_model: Path = (options.our_model or options.gguf).resolve()
+        self._our_weights: str = options.our_weights
         self._tool, self._shape, self._num_threads = tool, shape, num_threads
         self._num_rounds: int = options.rounds
         self._nginx: Path | None = options.nginx
@@ -159,7 +165,8 @@ class Comparison:
         return self._pieces.get(key, run, like=like)
 
     def _ours(self, *arguments: str) -> Command:
-        return ours(str(self._gguf), "--log-level", "warning", *arguments)
+        weights = ("--weights", self._our_weights)
+        return ours(str(self._our_model), *weights, "--log-level", "warning", *arguments)
 
     def _peer(self, *, num_threads: int | None = None, **settings: Any) -> Command:
         return llama_server(
@@ -173,7 +180,9 @@ class Comparison:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--gguf", type=Path, required=True, help="the model, for both")
+    parser.add_argument("--gguf", type=Path, required=True, help="the peer's model")
+    parser.add_argument("--our-model", type=Path, help="ours (default: the same file)")
+    parser.add_argument("--our-weights", default="auto", help="the type that ours is served in")
     parser.add_argument("--llama-bin", type=Path, help="a directory with llama-server")
     parser.add_argument("--nginx", type=Path, help="the program (default: in PATH)")
     parser.add_argument("--cache-dir", type=Path, default=Path("~/.cache/furiosa/benchmarks"))
@@ -199,7 +208,8 @@ def main() -> None:
     top = max(options.levels)
     two = comparison.two_workers(top)
     about = facts() | {
-        "model": options.gguf.name,
+        "model": f"{options.gguf.name}; ours: {(options.our_model or options.gguf).name}, "
+        f"--weights {options.our_weights}",
         "load": f"closed loop, {Shape().input_len} tokens in, {Shape().output_len} out, greedy, a "
         f"connection per request; medians of {options.rounds} runs, each on a fresh server",
         "threads": f"{num_threads} each; the client shares their cores",
@@ -213,10 +223,6 @@ def main() -> None:
     rows = [row for level, runs in levels.items() for row in level_rows(level, runs)]
     parts = [
         "\n".join(f"- {key}: {value}" for key, value in about.items()),
-        table(
-            LEVEL_HEADER, [row for level, runs in levels.items() for row in level_rows(level, runs)]
-        ),
-        table(ONE_TOKEN_HEADER, one_token_rows(one_token)),
         table(LEVEL_HEADER, rows),
         table(ONE_TOKEN_HEADER, one_token_rows(one_token)),
         table(LEVEL_HEADER, level_rows(top, two)),

@@ -29,7 +29,7 @@ from furiosa_llm.workers.artifact.source import ModelSource, SourceMatrix
 from furiosa_llm.workers.artifact.writer import ArtifactWriter
 
 # Raised when the same source would be built into something else, so that caches build it anew.
-BUILDER_VERSION = 3
+BUILDER_VERSION = 4
 
 WEIGHT_CHOICES = ("auto", *MATRIX_DTYPES)
 
