@@ -98,8 +98,9 @@ def quantized_as_kernels_do(x: np.ndarray, tensor: Tensor) -> np.ndarray:
     """The values that inputs stand for once they are quantised for this matrix."""
     groups = (hadamard(x) if tensor.rotated else x).reshape(len(x), -1, 32)
     levels = 64 if tensor.rotated and tensor.dtype == "int8" else 127
-    scales = np.abs(groups).max(axis=2, keepdims=True) / np.float32(levels)
-    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales > 0)
+    largest = np.abs(groups).max(axis=2, keepdims=True)
+    scales = largest / np.float32(levels)
+    inverse = np.divide(np.float32(levels), largest, out=np.zeros_like(scales), where=scales > 0)
     values = np.rint(groups * inverse).astype(np.float64) * scales
     if tensor.rotated:  # back: the transform is its own inverse but for a factor
         values = np.einsum("rgi,ij->rgj", values, hadamard(np.eye(32, dtype=np.float32))) / 32

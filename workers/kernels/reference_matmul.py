@@ -152,7 +152,7 @@ class QuantizedMatrix:
 
 
 def quantize_activations(x: Float32, levels: int = INPUT_LEVELS) -> tuple[Float32, Float32]:
-    """Quantise each row in groups of 32: scale = max|x| / levels, q = x * (1 / scale) rounded.
+    """Quantise each row in groups of 32: scale = max|x| / levels, q = x * (levels / max|x|), rounded.
 
     Args:
         x: (n, cols) float32, cols a multiple of 32.
@@ -162,9 +162,10 @@ def quantize_activations(x: Float32, levels: int = INPUT_LEVELS) -> tuple[Float3
         (n, groups) float32, 0 for a group of zeros or of less than LEAST_SCALE.
     """
     groups = x.reshape(len(x), x.shape[1] // GROUP, GROUP)
-    scales = np.abs(groups).max(axis=2) / np.float32(levels)
+    largest = np.abs(groups).max(axis=2)
+    scales = largest / np.float32(levels)
     scales[scales < LEAST_SCALE] = 0
-    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales > 0)
+    inverse = np.divide(np.float32(levels), largest, out=np.zeros_like(scales), where=scales > 0)
     return np.rint(groups * inverse[:, :, None]), scales
 
 

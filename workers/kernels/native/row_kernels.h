@@ -102,28 +102,34 @@ void quantize(const Activations& x, const Matrix& weights, int row, int col_begi
   const int64_t first_group = static_cast<int64_t>(row) * (x.cols / kGroupSize);
   const float levels = static_cast<float>(weights.input_levels());
   const float factor = weights.is_rotated ? 0.125f : 1.0f;  // a power of two: exact
+  // Nothing here overlaps; told so, the compiler keeps the addresses in registers.
+  const float* __restrict values = x.values + first;
+  int8_t* __restrict quants = x.quants + first;
+  float *__restrict scales = x.scales + first_group, *__restrict scaled = x.scaled_sums + first_group;
+  int32_t *__restrict totals = x.sums + first_group, *__restrict offsets = x.offsets + first_group;
+  const bool is_rotated = weights.is_rotated, is_int8 = weights.dtype == kInt8;
   for (int col = col_begin; col < col_end; col += kGroupSize) {
-    const float* values = x.values + first + col;
-    int8_t* quants = x.quants + first + col;
-    F8 group[4] = {load(values), load(values + 8), load(values + 16), load(values + 24)};
-    if (weights.is_rotated) rotate_group(group);
-    const F8 largest = max(max(abs(group[0]), abs(group[1])), max(abs(group[2]), abs(group[3])));
-    float scale = max_lane(largest) / levels;
+    const float* from = values + col;
+    F8 group[4] = {load(from), load(from + 8), load(from + 16), load(from + 24)};
+    if (is_rotated) rotate_group(group);
+    const float largest = max_lane(max(max(abs(group[0]), abs(group[1])),
+                                       max(abs(group[2]), abs(group[3]))));
+    float scale = largest / levels;
     int32_t sums[2] = {0, 0};  // of the quants at index % 4 < 2, and of the others
     if (scale < kLeastScale) {
       scale = 0.0f;
-      std::memset(quants, 0, kGroupSize);
+      std::memset(quants + col, 0, kGroupSize);
     } else {
-      quantize_group(quants, group, 1.0f / scale, sums);
+      quantize_group(quants + col, group, levels / largest, sums);
     }
-    const int64_t index = first_group + col / kGroupSize;
+    const int index = col / kGroupSize;
     const int32_t total = sums[0] + sums[1];
-    x.scales[index] = scale * factor;
-    x.sums[index] = total;
-    x.scaled_sums[index] = x.scales[index] * static_cast<float>(total);
+    scales[index] = scale * factor;
+    totals[index] = total;
+    scaled[index] = scale * factor * static_cast<float>(total);
     const uint32_t low = static_cast<uint32_t>(-8 * sums[0]) & 0xffffu;
     const uint32_t halves = low | static_cast<uint32_t>(-8 * sums[1]) << 16;
-    x.offsets[index] = weights.dtype == kInt8 ? -128 * total : static_cast<int32_t>(halves);
+    offsets[index] = is_int8 ? -128 * total : static_cast<int32_t>(halves);
   }
 }
 
