@@ -69,8 +69,8 @@ class QuantizedRows:
             values = (values - np.float32(8)) * scales
         else:
             values = values * scales
-        values = values.reshape(rows, cols)
-        return hadamard(values) * INPUTS_FACTOR if self.rotated else values
+        flat = values.reshape(rows, cols)
+        return hadamard(flat) * INPUTS_FACTOR if self.rotated else flat
 
 
 def quantize(values: NDArray[np.float32], dtype: str, *, rotated: bool = True) -> QuantizedRows:

@@ -152,7 +152,7 @@ class QuantizedMatrix:
 
 
 def quantize_activations(x: Float32, levels: int = INPUT_LEVELS) -> tuple[Float32, Float32]:
-    """Quantise each row in groups of 32: scale = max|x| / levels, q = x * (levels / max|x|), rounded.
+    """Quantise each row in groups of 32: scale = max|x| / levels, q = x * (levels / max|x|).
 
     Args:
         x: (n, cols) float32, cols a multiple of 32.
