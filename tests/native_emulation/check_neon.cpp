@@ -58,7 +58,9 @@ struct Inputs {
     offsets.resize(groups);
     x = {cols,        values.data(),      quants.data(),        scales.data(),
          sums.data(), scaled_sums.data(), offsets.data()};
-    for (int row = 0; row < rows; ++row) kernels.quantize(x, weights, row, 0, cols);
+    for (int row = 0; row < rows; ++row) {
+      kernels.quantize(values.data() + int64_t{row} * cols, x, weights, row, 0, cols);
+    }
   }
 };
 

@@ -61,7 +61,7 @@ int32_t fs_matmul(const char* isa, const FsTensor* weights, const float* x, int3
     const Activations input{w.cols,      values.data(),      quants.data(),        scales.data(),
                             sums.data(), scaled_sums.data(), offsets.data()};
     for (int row = 0; row < num_rows && w.is_quantized(); ++row) {
-      kernels.quantize(input, w, row, 0, w.cols);
+      kernels.quantize(input.values + int64_t{row} * w.cols, input, w, row, 0, w.cols);
     }
     const MappedMemory scratch(matmul_scratch_nbytes(w.cols));
     for (int row = 0; row < num_rows; row += kMaxMatmulRows) {

@@ -21,27 +21,19 @@ struct Piece {
   float scales[2][kPieceSize];         // int8 only; likewise
 };
 
-// Asks for what will be read next. A task's keys and values lie in short runs all over the cache,
-// which the processor's own prefetcher is no good at.
-template <class Kv>
-SIMD_INLINE void fetch(const Kv* row, int count) {
-  const char* bytes = reinterpret_cast<const char*>(row);
-  for (int i = 0; i < count * static_cast<int>(sizeof(Kv)); i += 64) __builtin_prefetch(bytes + i);
-}
-
 // scores[i][key] for `N` queries that are `stride` floats apart; four keys at a time.
-// Meanwhile the values are fetched, if `is_first`.
+// Meanwhile `ahead` (if not null) goes on, as in add_values: together a position for each key.
 template <int N, class Kv>
 SIMD_INLINE void score_keys(float* scores, const float* q, int head_dim, const Piece<Kv>& piece,
-                            bool is_first) {
+                            FetchAhead* ahead) {
   for (int key = piece.begin & ~3; key < piece.end; key += 4) {
+    if (ahead != nullptr) ahead->advance(2);
     const Kv* k[4];
     for (int j = 0; j < 4; ++j) {  // a quad's keys outside the piece are masked by the caller
       const int clamped = key + j < piece.begin ? piece.begin
                           : key + j < piece.end ? key + j
                                                 : piece.end - 1;
       k[j] = piece.rows[0][clamped];
-      if (is_first) fetch(piece.rows[1][clamped], head_dim);
     }
     F8 acc[N][4];
     for (int i = 0; i < N; ++i) {
@@ -64,10 +56,9 @@ SIMD_INLINE void score_keys(float* scores, const float* q, int head_dim, const P
 }
 
 // acc[i] = acc[i] * correction[i] + sum over keys of p[i][key] * value[key], D lanes of eight at d.
-// Meanwhile the next piece's keys are fetched, if there is one.
 template <int N, int D, class Kv>
 SIMD_INLINE void add_values(float* acc, const float* corrections, const float* p, int head_dim,
-                            int d, const Piece<Kv>& piece, const Piece<Kv>* next) {
+                            int d, const Piece<Kv>& piece, FetchAhead* ahead) {
   F8 total[N][D];
   for (int i = 0; i < N; ++i) {
     for (int c = 0; c < D; ++c) {
@@ -76,9 +67,7 @@ SIMD_INLINE void add_values(float* acc, const float* corrections, const float* p
   }
   for (int key = piece.begin; key < piece.end; ++key) {
     const Kv* v = piece.rows[1][key] + d;
-    if (next != nullptr && key >= next->begin && key < next->end) {
-      fetch(next->rows[0][key] + d, 8 * D);
-    }
+    if (ahead != nullptr && key % 2 == 0) ahead->advance(1);
     F8 weight[N];
     for (int i = 0; i < N; ++i) weight[i] = splat(p[i * kPieceSize + key]);
 #pragma GCC unroll 4
@@ -95,12 +84,12 @@ SIMD_INLINE void add_values(float* acc, const float* corrections, const float* p
 
 template <int N, class Kv>
 SIMD_INLINE void add_values(float* acc, const float* corrections, const float* p, int head_dim,
-                            const Piece<Kv>& piece, const Piece<Kv>* next) {
+                            const Piece<Kv>& piece, FetchAhead* ahead) {
   int d = 0;
   for (; d + 32 <= head_dim; d += 32) {
-    add_values<N, 4>(acc, corrections, p, head_dim, d, piece, next);
+    add_values<N, 4>(acc, corrections, p, head_dim, d, piece, d == 0 ? ahead : nullptr);
   }
-  for (; d < head_dim; d += 8) add_values<N, 1>(acc, corrections, p, head_dim, d, piece, next);
+  for (; d < head_dim; d += 8) add_values<N, 1>(acc, corrections, p, head_dim, d, piece, nullptr);
 }
 
 // What of a task lives between pieces, all in its scratch.
@@ -161,15 +150,15 @@ SIMD_INLINE void for_queries(int num_queries, const Body& body) {
   if (num_queries - query == 1) body(query, Count<1>());
 }
 
-// One piece for all queries; `visible(query, &begin, &end)` says what of it a query sees. `next`:
-// the piece after it, or null.
+// One piece for all queries; `visible(query, &begin, &end)` says what of it a query sees.
 template <class Kv, class Visible>
 SIMD_INLINE void attend_piece(const QueryState& state, int num_queries, int head_dim,
-                              const Piece<Kv>& piece, const Piece<Kv>* next, bool has_scales,
+                              const Piece<Kv>& piece, FetchAhead* ahead, bool has_scales,
                               const Visible& visible) {
   for_queries(num_queries, [&](int query, auto count) __attribute__((always_inline)) {
     score_keys<decltype(count)::value>(state.scores + query * kPieceSize,
-                                       state.q + query * head_dim, head_dim, piece, query == 0);
+                                       state.q + query * head_dim, head_dim, piece,
+                                       query == 0 ? ahead : nullptr);
   });
   for (int query = 0; query < num_queries; ++query) {
     int begin, end;
@@ -182,7 +171,7 @@ SIMD_INLINE void attend_piece(const QueryState& state, int num_queries, int head
   for_queries(num_queries, [&](int query, auto count) __attribute__((always_inline)) {
     add_values<decltype(count)::value>(state.acc + query * head_dim, state.corrections + query,
                                        state.scores + query * kPieceSize, head_dim, piece,
-                                       query == 0 ? next : nullptr);
+                                       query == 0 ? ahead : nullptr);
   });
 }
 
@@ -293,36 +282,32 @@ void attend(const AttentionTask& task) {
   const int first_partition = is_whole ? task_begin / kPartitionSize : task.partition_begin;
   const int end_partition =
       is_whole ? (task_end + kPartitionSize - 1) / kPartitionSize : task.partition_end;
+  FetchAhead ahead(task, std::max(task_begin, first_partition * kPartitionSize),
+                   std::min(task_end, end_partition * kPartitionSize));
   for (int partition = first_partition; partition < end_partition; ++partition) {
     std::memset(state.acc, 0, static_cast<size_t>(num_queries * head_dim) * sizeof(float));
     for (int query = 0; query < num_queries; ++query) {
       state.largest[query] = -INFINITY;
       state.totals[query] = 0.0f;
     }
-    const auto piece_at = [&](int base, Piece<Kv>* piece) {
-      find_piece(task, base, task_begin > base ? task_begin - base : 0,
-                 task_end - base < kPieceSize ? task_end - base : kPieceSize, piece);
-    };
     const int partition_begin = partition * kPartitionSize;
     const int first = (task_begin > partition_begin ? task_begin : partition_begin) /
                       kPieceSize * kPieceSize;
     const int end = partition_begin + kPartitionSize < task_end
                         ? partition_begin + kPartitionSize : task_end;
-    Piece<Kv> pieces[2];  // the current one and the next
-    piece_at(first, &pieces[0]);
-    for (int base = first, turn = 0; base < end; base += kPieceSize, turn ^= 1) {
+    for (int base = first; base < end; base += kPieceSize) {
       const auto visible = [&](int query, int* from, int* to) {
         const int position = task.first_position + query / heads;
         *from = first_seen(position) - base, *to = position + 1 - base;
       };
-      const Piece<Kv>& piece = pieces[turn];
-      Piece<Kv>* next = base + kPieceSize < end ? &pieces[turn ^ 1] : nullptr;
-      if (next != nullptr) piece_at(base + kPieceSize, next);
+      Piece<Kv> piece;
+      find_piece(task, base, task_begin > base ? task_begin - base : 0,
+                 task_end - base < kPieceSize ? task_end - base : kPieceSize, &piece);
       if (sizeof(Kv) == 4 || num_queries <= kFewQueries) {
-        attend_piece(state, num_queries, head_dim, piece, next, kHasScales, visible);
+        attend_piece(state, num_queries, head_dim, piece, &ahead, kHasScales, visible);
       } else {
         const Piece<float> wide = widened(piece, head_dim, room);
-        attend_piece<float>(state, num_queries, head_dim, wide, nullptr, kHasScales, visible);
+        attend_piece<float>(state, num_queries, head_dim, wide, &ahead, kHasScales, visible);
       }
     }
     for (int query = 0; query < num_queries; ++query) {
@@ -338,6 +323,7 @@ void attend(const AttentionTask& task) {
       }
     }
   }
+  ahead.finish();
   for (int query = 0; is_whole && query < num_queries; ++query) {
     float* out = task.out + query / heads * task.out_stride + query % heads * head_dim;
     divide(out, merged_acc + query * head_dim, merged_totals[query], head_dim);

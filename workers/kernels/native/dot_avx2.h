@@ -44,15 +44,19 @@
 
 #define DOT_INPUT(OFFSET, X) "vpbroadcastd " OFFSET X ", %[in]\n\t"
 
-// Bytes times bytes as magnitude times signed input: |w| <= 128, so that a pair of products is at
-// most 2 * 128 * 127, which 16 bits hold; pairs are added in 32.
-#define DOT_PAIRS(D)                        \
-  "vpmaddubsw %[t], %[low], %[t]\n\t"       \
-  "vpmaddubsw %[in], %[high], %[in]\n\t"    \
+// Sums of products, in pairs of 16 bits, to the sums in 32.
+#define DOT_WIDEN(D)                          \
   "vpmaddwd %[constant], %[t], %[t]\n\t"    \
   "vpmaddwd %[constant], %[in], %[in]\n\t"  \
   "vpaddd %[t], %[low" D "], %[low" D "]\n\t" \
   "vpaddd %[in], %[high" D "], %[high" D "]\n\t"
+
+// Bytes times bytes as magnitude times signed input: |w| <= 128, so that a pair of products is at
+// most 2 * 128 * 127, which 16 bits hold.
+#define DOT_PAIRS(D)                        \
+  "vpmaddubsw %[t], %[low], %[t]\n\t"       \
+  "vpmaddubsw %[in], %[high], %[in]\n\t"    \
+  DOT_WIDEN(D)
 
 // Signed weights as they are packed.
 #define DOT_INT8_ROW(Q, X, D)                \
@@ -80,10 +84,7 @@
   DOT_INPUT(#Q "*4", X)                     \
   "vpmaddubsw %[in], %[low], %[t]\n\t"      \
   "vpmaddubsw %[in], %[high], %[in]\n\t"    \
-  "vpmaddwd %[constant], %[t], %[t]\n\t"    \
-  "vpmaddwd %[constant], %[in], %[in]\n\t"  \
-  "vpaddd %[t], %[low" D "], %[low" D "]\n\t" \
-  "vpaddd %[in], %[high" D "], %[high" D "]\n\t"
+  DOT_WIDEN(D)
 #define DOT_OFFSET_QUAD(ROWS, Q)                  \
   "vpxor " #Q "*64(%[w]), %[sign], %[low]\n\t"    \
   "vpxor " #Q "*64+32(%[w]), %[sign], %[high]\n\t" ROWS(DOT_OFFSET_ROW, Q)

@@ -212,7 +212,12 @@ void Engine::norm_row(int row, int64_t token, const float* weight, const Matrix&
   const int width = config_.hidden_size;
   kernels_.rms_norm(buffers_.input.values + int64_t{row} * width, buffers_.hidden + token * width,
                     weight, width, config_.rms_norm_eps);
-  if (next.is_quantized()) kernels_.quantize(buffers_.input, next, row, 0, width);
+  if (next.is_quantized()) quantize(buffers_.input, next, row, 0, width);
+}
+
+void Engine::quantize(const Activations& x, const Matrix& next, int row, int col_begin,
+                      int col_end) {
+  kernels_.quantize(x.values + int64_t{row} * x.cols + col_begin, x, next, row, col_begin, col_end);
 }
 
 // inner = silu(gate) * up, as `down` wants it. Gate and up go through a small buffer, a stretch of
@@ -245,15 +250,17 @@ void Engine::gate_up(int num_rows, const LayerWeights& weights) {
       parts[part] = scratch.gate_up + part * kMaxMatmulRows * kStretch;
       const int first = part * (width / kPanelRows) + panel;
       // Outputs are addressed from W's row 0 and the step's row 0.
-      float* origin = parts[part] - int64_t{first} * kPanelRows - int64_t{first_row} * kStretch;
+      float* origin = parts[part] - int64_t{first} * kPanelRows - int64_t{first_row} * stretch;
       kernel(w, first, first + num_panels, buffers_.input, first_row, end_row,
-             {origin, kStretch, nullptr, false}, scratch.matmul);
+             {origin, stretch, nullptr, false}, scratch.matmul);
     }
     for (int row = first_row; row < end_row; ++row) {
-      const int64_t place = int64_t{row - first_row} * kStretch;
-      kernels_.swiglu(buffers_.inner.values + int64_t{row} * width + begin, parts[0] + place,
-                      parts[1] + place, end - begin);
-      if (is_quantized) kernels_.quantize(buffers_.inner, weights.down, row, begin, end);
+      const int64_t place = int64_t{row - first_row} * stretch;
+      float* gate = parts[0] + place;
+      float* product =
+          is_quantized ? gate : buffers_.inner.values + int64_t{row} * width + begin;
+      kernels_.swiglu(product, gate, parts[1] + place, end - begin);
+      if (is_quantized) kernels_.quantize(gate, buffers_.inner, weights.down, row, begin, end);
     }
   });
 }

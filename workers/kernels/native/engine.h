@@ -53,8 +53,9 @@ class Engine {
   struct PeScratch {
     float* attention;
     void* matmul;
-    float* gate_up;  // (2, kMaxMatmulRows, kStretch): gate and up of a few columns
+    float* gate_up;  // (2, kMaxMatmulRows, up to kStretch): gate and up of a few columns
     SamplerScratch sampler;
+    int fetched_task = -1;  // of attention, whose context this PE has begun to fetch
 
     static PeScratch from(Arena& arena, const FsEngineConfig& config);
   };
@@ -78,13 +79,15 @@ class Engine {
   void norm_row(int row, int64_t token, const float* weight, const Matrix& next);
   void cache_tokens(int layer, int first_token, int num_tokens, int kv_head);
   void attend(const FsBatch& batch, int layer);
-  void attend_part(const FsBatch& batch, int layer, const QueryRun& run, int part, int kv_head,
-                   int pe);
-  void fetch_context(const FsBatch& batch, int layer, const QueryRun& run, int kv_head);
+  void attend_part(const FsBatch& batch, int layer, int task_index, int pe);
+  const QueryRun& run_of(int task) const;
+  Context context_of(const FsBatch& batch, int layer, int task) const;
   void merge_parts(const Matrix& next);
   float* states_of(const QueryRun& run, int kv_head) const;
   bool are_heads_whole_groups() const;
   void quantize_heads(const QueryRun& run, int kv_head, const Matrix& next);
+  // The row's columns from its values, as `next` wants them.
+  void quantize(const Activations& x, const Matrix& next, int row, int col_begin, int col_end);
   void gate_up(int num_rows, const LayerWeights& weights);
   void matmul(const Matrix& w, const Activations& x, int num_rows, const Output& out);
   // The same, then the norm of all rows of the residual stream, for `next`.

@@ -86,36 +86,45 @@ void Engine::attend(const FsBatch& batch, int layer) {
       for (int head = 0; head < num_kv_heads; ++head) cache_tokens(layer, token, 1, head);
     });
   }
+  for (PeScratch& scratch : scratch_) scratch.fetched_task = -1;
   pool_.run(num_tasks_, [&](int task, int pe) {
-    const auto after = std::upper_bound(
-        query_runs_.begin(), query_runs_.end(), task,
-        [](int value, const QueryRun& run) { return value < run.first_task; });
-    const QueryRun& run = *(after - 1);
+    const QueryRun& run = run_of(task);
     const int kv_head = (task - run.first_task) % num_kv_heads;
-    const int part = (task - run.first_task) / num_kv_heads;
-    if (run.num_parts == 1) fetch_context(batch, layer, run, kv_head);
     if (!is_cached_first) cache_tokens(layer, run.first_token, run.num_tokens, kv_head);
-    attend_part(batch, layer, run, part, kv_head, pe);
+    attend_part(batch, layer, task, pe);
     if (run.num_parts == 1) quantize_heads(run, kv_head, next);
   });
   if (is_shared_out_) merge_parts(next);
   if (!are_heads_whole_groups() && next.is_quantized()) {
-    for_rows(batch.num_tokens,
-             [&](int row, int) { kernels_.quantize(buffers_.input, next, row, 0, q_size_); });
+    for_rows(batch.num_tokens, [&](int row, int) {
+      quantize(buffers_.input, next, row, 0, q_size_);
+    });
   }
 }
 
-// Asks for the first piece of the keys that the run will attend to. They come while its own keys
-// and queries are rotated.
-void Engine::fetch_context(const FsBatch& batch, int layer, const QueryRun& run, int kv_head) {
+const Engine::QueryRun& Engine::run_of(int task) const {
+  const auto after = std::upper_bound(
+      query_runs_.begin(), query_runs_.end(), task,
+      [](int value, const QueryRun& run) { return value < run.first_task; });
+  return *(after - 1);
+}
+
+// What of its sequence a task attends to.
+Context Engine::context_of(const FsBatch& batch, int layer, int task) const {
+  const QueryRun& run = run_of(task);
+  const int kv_head = (task - run.first_task) % config_.num_kv_heads;
   const int position = buffers_.positions[run.first_token], window = config_.sliding_window;
-  const int begin = window > 0 && position >= window ? position - window + 1 : 0;
-  const int32_t* blocks = batch.block_ids + batch.block_offsets[run.row];
-  const int first = begin / cache_.block_size;
-  const int end = std::min(begin + kPieceSize, position) / cache_.block_size;
-  for (int block = first; block < end; ++block) {
-    cache_.fetch_keys(layer, kv_head, blocks[block]);
+  Context context{cache_.keys(layer, kv_head), cache_.values(layer, kv_head),
+                  batch.block_ids + batch.block_offsets[run.row],
+                  window > 0 && position >= window ? position - window + 1 : 0,
+                  position + run.num_tokens};
+  if (run.num_parts > 1) {
+    const int part = (task - run.first_task) / config_.num_kv_heads;
+    const int first = (run.first_partition + part) * kPartitionSize;
+    context.begin = std::max(context.begin, first);
+    context.end = std::min(context.end, first + kPartitionSize);
   }
+  return context;
 }
 
 // Where the states of a shared-out run's queries begin, for one KV head: (parts, queries).
@@ -125,8 +134,11 @@ float* Engine::states_of(const QueryRun& run, int kv_head) const {
   return buffers_.partials + first * (config_.head_dim + 2);
 }
 
-void Engine::attend_part(const FsBatch& batch, int layer, const QueryRun& run, int part,
-                         int kv_head, int pe) {
+void Engine::attend_part(const FsBatch& batch, int layer, int task_index, int pe) {
+  const QueryRun& run = run_of(task_index);
+  const int kv_head = (task_index - run.first_task) % config_.num_kv_heads;
+  const int part = (task_index - run.first_task) / config_.num_kv_heads;
+  PeScratch& scratch = scratch_[static_cast<size_t>(pe)];
   const int heads_per_kv = config_.num_heads / config_.num_kv_heads;
   const int head_dim = config_.head_dim, first_head = kv_head * heads_per_kv;
   AttentionTask task = cache_.task(layer, kv_head);
@@ -147,7 +159,13 @@ void Engine::attend_part(const FsBatch& batch, int layer, const QueryRun& run, i
     const int64_t state = int64_t{part} * run.num_tokens * heads_per_kv;
     task.partials = states_of(run, kv_head) + state * (head_dim + 2);
   }
-  task.scratch = scratch_[static_cast<size_t>(pe)].attention;
+  task.is_fetched = scratch.fetched_task == task_index;
+  // A PE takes its tasks in order, but for those that it takes over from another.
+  if (task_index + 1 < num_tasks_) {
+    task.next = context_of(batch, layer, task_index + 1);
+    scratch.fetched_task = task_index + 1;
+  }
+  task.scratch = scratch.attention;
   kernels_.attention(task);
 }
 
@@ -179,7 +197,7 @@ void Engine::quantize_heads(const QueryRun& run, int kv_head, const Matrix& next
   if (!next.is_quantized() || !are_heads_whole_groups()) return;
   const int width = q_size_ / config_.num_kv_heads;
   for (int token = run.first_token; token < run.first_token + run.num_tokens; ++token) {
-    kernels_.quantize(buffers_.input, next, token, kv_head * width, (kv_head + 1) * width);
+    quantize(buffers_.input, next, token, kv_head * width, (kv_head + 1) * width);
   }
 }
 

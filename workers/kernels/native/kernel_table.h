@@ -12,7 +12,7 @@
 
 namespace furiosa {
 
-// The left operand of a matmul. Quantised weights read the second group of fields, others `values`.
+// The left operand of a matmul. Quantised weights read the fields after `values`, others `values`.
 struct Activations {
   int cols;
   float* values;       // (rows, cols)
@@ -60,6 +60,14 @@ constexpr int kMaxQueries = 64;
 // did: so a long context can be shared out without changing a bit.
 constexpr int kPartitionSize = 256;
 
+// Positions [begin, end) of a sequence, in the blocks that `block_ids` names; keys and values as in
+// AttentionTask.
+struct Context {
+  const void *keys, *values;
+  const int32_t* block_ids;
+  int begin, end;
+};
+
 // Some query tokens of one sequence, all heads of one KV head, against that sequence's cache.
 struct AttentionTask {
   const float* q;            // token 0's first head; heads follow each other, head_dim apart
@@ -82,6 +90,10 @@ struct AttentionTask {
   // null, all of the context is and the result goes to `out`.
   int partition_begin, partition_end;
   float* partials;
+  // What the PE will read after this task (empty: nothing), of which it fetches the beginning; and
+  // whether the task before has done so for this one.
+  Context next;
+  bool is_fetched;
   float* scratch;            // attention_scratch_floats(head_dim), 64-byte aligned
 };
 
@@ -95,10 +107,10 @@ struct KernelTable {
   MatmulKernel matmul[4];  // by FsDtype
   // Row kernels. n, cols, head_dim: any positive number (head_dim: a multiple of 8).
   void (*rms_norm)(float* y, const float* x, const float* weight, int cols, float eps);
-  // Fills the quantised fields of one row from `values`, as `weights` wants them, columns
-  // [col_begin, col_end), both at multiples of 32.
-  void (*quantize)(const Activations& x, const Matrix& weights, int row, int col_begin,
-                   int col_end);
+  // Fills the quantised fields of one row, as `weights` wants them, columns [col_begin, col_end),
+  // both at multiples of 32, whose values are `values`.
+  void (*quantize)(const float* values, const Activations& x, const Matrix& weights, int row,
+                   int col_begin, int col_end);
   void (*swiglu)(float* y, const float* gate, const float* up, int n);
   void (*rotate)(float* head, const float* cos, const float* sin, int head_dim);
   void (*bf16_from_float)(uint16_t* y, const float* x, int n);

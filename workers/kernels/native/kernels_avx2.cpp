@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "fetch_ahead.h"
 #include "kernel_table.h"
 #include "target.h"
 

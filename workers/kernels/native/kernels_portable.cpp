@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "fetch_ahead.h"
 #include "kernel_table.h"
 
 namespace furiosa {

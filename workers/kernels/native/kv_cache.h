@@ -51,12 +51,9 @@ class KvCache {
     task.block_size = block_size;
     task.block_stride = block_stride;
     task.scale_stride = scale_stride;
+    task.next = {nullptr, nullptr, nullptr, 0, 0};
+    task.is_fetched = false;
     return task;
-  }
-  // Asks for a block's keys, which are about to be read.
-  void fetch_keys(int layer, int kv_head, int block) const {
-    const uint8_t* bytes = keys(layer, kv_head) + block * block_stride * value_nbytes_;
-    for (int64_t i = 0; i < head_stride * value_nbytes_; i += 64) __builtin_prefetch(bytes + i);
   }
   // Writes head_dim values of one head at `slot`, a position counted in positions from block 0 on.
   void put_key(int layer, int kv_head, int64_t slot, const float* head,

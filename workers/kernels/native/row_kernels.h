@@ -97,20 +97,20 @@ SIMD_INLINE void rotate_group(F8 (&group)[4]) {
 // Groups below are taken for zeros: the inverse of their scale would be no float.
 constexpr float kLeastScale = 0x1p-100f;
 
-void quantize(const Activations& x, const Matrix& weights, int row, int col_begin, int col_end) {
-  const int64_t first = static_cast<int64_t>(row) * x.cols;
+void quantize(const float* values, const Activations& x, const Matrix& weights, int row,
+              int col_begin, int col_end) {
   const int64_t first_group = static_cast<int64_t>(row) * (x.cols / kGroupSize);
   const float levels = static_cast<float>(weights.input_levels());
   const float factor = weights.is_rotated ? 0.125f : 1.0f;  // a power of two: exact
   // Nothing here overlaps; told so, the compiler keeps the addresses in registers.
-  const float* __restrict values = x.values + first;
-  int8_t* __restrict quants = x.quants + first;
+  const float* __restrict from = values;
+  int8_t* __restrict quants = x.quants + static_cast<int64_t>(row) * x.cols;
   float *__restrict scales = x.scales + first_group, *__restrict scaled = x.scaled_sums + first_group;
   int32_t *__restrict totals = x.sums + first_group, *__restrict offsets = x.offsets + first_group;
   const bool is_rotated = weights.is_rotated, is_int8 = weights.dtype == kInt8;
   for (int col = col_begin; col < col_end; col += kGroupSize) {
-    const float* from = values + col;
     F8 group[4] = {load(from), load(from + 8), load(from + 16), load(from + 24)};
+    from += kGroupSize;
     if (is_rotated) rotate_group(group);
     const float largest = max_lane(max(max(abs(group[0]), abs(group[1])),
                                        max(abs(group[2]), abs(group[3]))));

@@ -88,7 +88,7 @@ int32_t fs_time_matmul(const char* isa, const FsTensor* weights, int32_t num_wei
     layout(arena, &x, &y, &scratch);
     fill(x.values, int64_t{num_rows} * first.cols);
     for (int row = 0; row < num_rows && first.is_quantized(); ++row) {
-      kernels.quantize(x, first, row, 0, first.cols);
+      kernels.quantize(x.values + int64_t{row} * first.cols, x, first, row, 0, first.cols);
     }
 
     ThreadPool pool(std::vector<std::vector<int>>(static_cast<size_t>(num_pes)));
@@ -140,7 +140,8 @@ int32_t fs_time_attention(const char* isa, const FsEngineConfig* config, int32_t
 
     ThreadPool pool(std::vector<std::vector<int>>(static_cast<size_t>(config->num_pes)));
     *seconds = best_seconds(config->num_layers, min_seconds, [&](int layer) {
-      pool.run(num_sequences * num_runs * config->num_kv_heads, [&](int item, int pe) {
+      const int num_items = num_sequences * num_runs * config->num_kv_heads;
+      pool.run(num_items, [&](int item, int pe) {
         const int kv_head = item % config->num_kv_heads;
         const int first = item / config->num_kv_heads % num_runs * run;
         const int sequence = item / config->num_kv_heads / num_runs;
@@ -157,6 +158,13 @@ int32_t fs_time_attention(const char* isa, const FsEngineConfig* config, int32_t
         task.block_ids = blocks.data() + int64_t{sequence} * num_blocks;
         task.partials = nullptr;
         task.scratch = scratch + pe * scratch_floats;
+        task.is_fetched = item > 0;
+        if (item + 1 < num_items) {
+          const int next_head = (item + 1) % config->num_kv_heads;
+          const int next_sequence = (item + 1) / config->num_kv_heads / num_runs;
+          task.next = {cache.keys(layer, next_head), cache.values(layer, next_head),
+                       blocks.data() + int64_t{next_sequence} * num_blocks, 0, context};
+        }
         kernels.attention(task);
       });
     });

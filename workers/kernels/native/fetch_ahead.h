@@ -1,0 +1,74 @@
+// Asks the memory for keys and values some time before attention reads them.
+//
+// A decode step's contexts lie in short runs all over the cache, far more of them than caches hold,
+// and the processor's own prefetcher is no good at such. So a fetch cursor goes kFetchDistance
+// positions ahead of the task that reads, and on into the context of the next task.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "kernel_table.h"
+
+namespace furiosa {
+
+// With 64 dimensions in bf16, 16 KiB of keys and values: on their way to the second-level cache.
+constexpr int kFetchDistance = 64;
+
+class FetchAhead {
+ public:
+  // For a task that will read positions [begin, end) of its context.
+  FetchAhead(const AttentionTask& task, int begin, int end)
+      : block_size_(task.block_size),
+        head_nbytes_(task.head_dim * (task.kv_dtype == kInt8 ? 1 : task.kv_dtype == kBf16 ? 2 : 4)),
+        block_nbytes_(task.block_stride / task.head_dim * head_nbytes_),
+        stretches_{{task.keys, task.values, task.block_ids, begin, end}, task.next} {
+    Context& next = stretches_[1];
+    next.end = std::min(next.end, next.begin + kFetchDistance);
+    if (task.is_fetched) {
+      stretches_[0].begin = std::min(begin + kFetchDistance, end);
+    } else {
+      advance(kFetchDistance);
+    }
+  }
+
+  // Another `count` positions, or as many as are left.
+  inline __attribute__((always_inline)) void advance(int count) {
+    for (; count > 0; --count) {
+      if (num_left_ == 0 && !enter_block()) return;
+      for (int i = 0; i < head_nbytes_; i += 64) {
+        __builtin_prefetch(keys_ + i, 0, 2);
+        __builtin_prefetch(values_ + i, 0, 2);
+      }
+      keys_ += head_nbytes_, values_ += head_nbytes_;
+      --num_left_;
+    }
+  }
+  void finish() { advance(kFetchDistance); }
+
+ private:
+  bool enter_block() {
+    if (stretches_[current_].begin >= stretches_[current_].end) {
+      if (current_ == 1) return false;
+      current_ = 1;
+      return enter_block();
+    }
+    Context& context = stretches_[current_];
+    const int offset = context.begin % block_size_;
+    const int64_t place = context.block_ids[context.begin / block_size_] * block_nbytes_ +
+                          int64_t{offset} * head_nbytes_;
+    keys_ = static_cast<const char*>(context.keys) + place;
+    values_ = static_cast<const char*>(context.values) + place;
+    num_left_ = std::min(block_size_ - offset, context.end - context.begin);
+    context.begin += num_left_;
+    return true;
+  }
+
+  const int block_size_, head_nbytes_;
+  const int64_t block_nbytes_;
+  Context stretches_[2];  // what is left of this task's context, and of what is wanted of the next
+  int current_ = 0, num_left_ = 0;  // positions left in the current block
+  const char *keys_ = nullptr, *values_ = nullptr;
+};
+
+}  // namespace furiosa
