@@ -185,7 +185,7 @@ def test_offline_prefill_takes_all_that_decodes_leave():
 
 @pytest.mark.usefixtures("interactive")
 def test_interactive_steps_are_short_and_every_second_one_decodes_while_prompts_wait():
-    scheduler = Scheduler(config_of(max_num_batched_tokens=32))
+    scheduler = Scheduler(config_of(max_num_batched_tokens=64))
     for sequence_id in (1, 2, 3):
         add(scheduler, sequence_id, 4)
     assert step(scheduler) == [(1, 0, 4)]
@@ -197,20 +197,20 @@ def test_interactive_steps_are_short_and_every_second_one_decodes_while_prompts_
 
 @pytest.mark.usefixtures("interactive")
 def test_a_prompt_that_is_alone_gets_the_whole_step():
-    scheduler = Scheduler(config_of(max_num_batched_tokens=32))
-    add(scheduler, 1, 40)
-    assert step(scheduler) == [(1, 0, 32)]
+    scheduler = Scheduler(config_of(max_num_batched_tokens=64, max_model_len=128))
+    add(scheduler, 1, 72)
+    assert step(scheduler) == [(1, 0, 64)]
     add(scheduler, 2, 5)
-    assert step(scheduler) == [(1, 32, 4)]
-    assert step(scheduler) == [(1, 36, 4)]
-    assert step(scheduler) == [(1, 40, 1), (2, 0, 4)]
-    assert step(scheduler) == [(1, 41, 1), (2, 4, 1)]  # one token is left: that is a decode
+    assert step(scheduler) == [(1, 64, 4)]
+    assert step(scheduler) == [(1, 68, 4)]
+    assert step(scheduler) == [(1, 72, 1), (2, 0, 4)]
+    assert step(scheduler) == [(1, 73, 1), (2, 4, 1)]  # one token is left: that is a decode
 
 
 @pytest.mark.usefixtures("interactive")
 def test_a_short_prompt_waits_no_longer_for_the_decodes_of_others():
     """Of prompts without end, each step serves some; the one that decodes goes on beside them."""
-    scheduler = Scheduler(config_of(max_num_batched_tokens=32, num_blocks=256))
+    scheduler = Scheduler(config_of(max_num_batched_tokens=64, num_blocks=256))
     add(scheduler, 0, 4, max_tokens=30)
     step(scheduler)
     num_decodes = 0

@@ -402,7 +402,7 @@ def storm(seed):
         block_size=block_size,
         max_model_len=max_model_len,
         max_num_seqs=random.randint(2, 6),
-        max_num_batched_tokens=random.choice([3, 8, 20, 60]),
+        max_num_batched_tokens=random.choice([6, 16, 40, 120]),
         max_processing_samples=12,
         queue_limit=random.randint(1, 5),
         spare_blocks_ratio=random.choice([0.0, 0.0, 0.0, 0.2]),
