@@ -11,13 +11,12 @@ model of one layer of 32 beside it. Prints tables and writes benchmarks/results/
 from __future__ import annotations
 
 import argparse
-import math
 import os
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
+from lateness import lateness, shares_of
 from llama_server import TOOL, llama_server
 from machine import facts, results_path, table
 from pieces import Pieces
@@ -29,14 +28,13 @@ from furiosa_llm.loadgen.http_target import HttpRequests, HttpTarget
 from furiosa_llm.loadgen.http_url import HttpUrl
 from furiosa_llm.loadgen.prompts import token_id_prompts
 from furiosa_llm.loadgen.run import Extent, Run
-from furiosa_llm.loadgen.summary import percentile
 
 MODEL = "SmolLM2-135M-Instruct"
 SERVER_CPU, CLIENT_CPU = frozenset({0}), frozenset({1})
 NUM_STREAMS, INPUT_LEN, OUTPUT_LEN = 256, 16, 128
 STEADY_OUTPUT_LEN = 1024  # longer answers for latencies, which count while all streams run
 ONE_TOKEN_S = 8.0
-QUIET_S = 0.005  # between two steps' pieces at least; steps are 20 ms and more
+PACE = 10_000  # tokens/s, for latencies
 VOCAB = ("--vocab-size", 500)  # the small model's
 
 
@@ -105,12 +103,8 @@ def streams(setup: Setup, num_rounds: int, *, num_waves: int = 2) -> list[dict[s
         ]
 
 
-def lateness(setup: Setup) -> dict[str, float]:
-    """How late each piece comes after the first one of its step, while all streams run.
-
-    The gaps within a stream would not do: a token that ends within a character has no text yet, and
-    its piece comes with the next step's.
-    """
+def late_pieces(setup: Setup) -> dict[str, float]:
+    """How late pieces are within their steps while all streams run, and how many come a second."""
     with Placed(setup) as server:
         before = os.sched_getaffinity(0)
         os.sched_setaffinity(0, CLIENT_CPU)
@@ -119,15 +113,8 @@ def lateness(setup: Setup) -> dict[str, float]:
         os.sched_setaffinity(0, before)
     begin_s = max(record.token_s[0] for record in run.records)
     end_s = min(record.end_s for record in run.records)
-    times = sorted(t for r in run.records for t in r.token_s if begin_s < t < end_s)
-    late, first_s = [], -math.inf
-    for before_s, at_s in pairwise([-math.inf, *times]):
-        if at_s - before_s > QUIET_S:  # all pieces of a step come within less
-            first_s = at_s
-        late.append(at_s - first_s)
-    late.sort()
-    shares = {f"p{round(100 * share)}": percentile(late, share) for share in (0.5, 0.99)}
-    return shares | {"max": late[-1], "tokens_per_s": len(times) / (end_s - begin_s)}
+    times = [t for r in run.records for t in r.token_s if begin_s < t < end_s]
+    return shares_of(lateness(times)) | {"tokens_per_s": len(times) / (end_s - begin_s)}
 
 
 async def _steady_load(server: RunningServer, run: Run) -> None:
@@ -186,13 +173,12 @@ def one_token_rows(done: dict[str, dict[str, dict[str, Any]]]) -> list[list[str]
     ]
 
 
-def latency_rows(done: dict[str, tuple[float, list[dict[str, float]]]]) -> list[list[str]]:
+def latency_rows(done: dict[str, list[dict[str, float]]]) -> list[list[str]]:
     rows = []
-    for name, (rate, runs) in done.items():
+    for name, runs in done.items():
         run = sorted(runs, key=lambda run: run["p99"])[len(runs) // 2]
         late = [f"{1000 * run[key]:.1f}" for key in ("p50", "p99", "max")]
-        step = f"{1000 * NUM_STREAMS / rate:.1f}"
-        rows.append([name, f"{rate:.0f}", f"{run['tokens_per_s']:.0f}", step, *late])
+        rows.append([name, f"{run['tokens_per_s']:.0f}", *late])
     return rows
 
 
@@ -201,8 +187,8 @@ STREAM_HEADER = [
     "rest of server", "client", "TTFT p50, ms", "ITL p50", "ITL p99",
 ]  # fmt: skip
 LATENCY_HEADER = [
-    "at half of that", "mock tokens/s", "pieces/s", "a step, ms",
-    "late in it: p50, ms", "p99", "most",
+    f"{PACE:,} tokens/s, in steps of {1000 * NUM_STREAMS / PACE:.1f} ms", "pieces/s",
+    "late in a step: p50, ms", "p99", "most",
 ]  # fmt: skip
 ONE_TOKEN_HEADER = [
     "5 in, 1 out, 64 callers", "requests/s streamed", "whole", "front-end µs/request", "p50, ms",
@@ -213,22 +199,20 @@ ONE_TOKEN_HEADER = [
 def measure(options: argparse.Namespace, pieces: Pieces) -> tuple[dict[str, Any], ...]:
     together, alone = "ours, all on one core", "ours, worker on the client's core"
     full: dict[str, Any] = {}
-    half: dict[str, Any] = {}
+    paced: dict[str, Any] = {}
     one: dict[str, Any] = {}
     for name, is_alone in ((together, False), (alone, True)):
         full[name] = pieces.get(
             f"streams {name}",
             lambda n=name, a=is_alone: streams(mock(n, is_front_end_alone=a), options.rounds),
         )
-        rate = round(median_of(full[name])["output_tokens_per_s"] / 2)
-        runs = pieces.get(
+        paced[name] = pieces.get(
             f"latency {name}",
-            lambda n=name, a=is_alone, r=rate: [
-                lateness(mock(n, tokens_per_s=r, is_front_end_alone=a))
+            lambda n=name, a=is_alone: [
+                late_pieces(mock(n, tokens_per_s=PACE, is_front_end_alone=a))
                 for _ in range(options.rounds)
             ],
         )
-        half[name] = (rate, runs)
         one[name] = pieces.get(
             f"one {name}", lambda n=name, a=is_alone: one_token(mock(n, is_front_end_alone=a))
         )
@@ -250,7 +234,7 @@ def measure(options: argparse.Namespace, pieces: Pieces) -> tuple[dict[str, Any]
             f"streams {peer}", lambda: streams(setup(NUM_STREAMS), 1, num_waves=1)
         )
         one[peer] = pieces.get(f"one {peer}", lambda: one_token(setup(64)))
-    return full, half, one
+    return full, paced, one
 
 
 def main() -> None:
@@ -264,7 +248,7 @@ def main() -> None:
     options = parser.parse_args()
     assert {0, 1} <= os.sched_getaffinity(0), "this takes cores 0 and 1"
     about = facts()
-    full, half, one = measure(options, Pieces(options.state, options.budget_s))
+    full, paced, one = measure(options, Pieces(options.state, options.budget_s))
     about["load"] = (
         f"{INPUT_LEN} tokens in, {OUTPUT_LEN} out, a connection per request; "
         f"median of {options.rounds} runs"
@@ -273,7 +257,7 @@ def main() -> None:
         [
             "\n".join(f"- {key}: {value}" for key, value in about.items()),
             table(STREAM_HEADER, stream_rows(full)),
-            table(LATENCY_HEADER, latency_rows(half)),
+            table(LATENCY_HEADER, latency_rows(paced)),
             table(ONE_TOKEN_HEADER, one_token_rows(one)),
         ]
     )

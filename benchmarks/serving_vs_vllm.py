@@ -3,9 +3,9 @@
     python benchmarks/serving_vs_vllm.py --gguf SmolLM2-BF16.gguf [--python VENV/bin/python]
 
 vLLM is installed into a virtual environment in the cache if need be, and reads the same weights as
-a checkpoint, which is written from the GGUF file. Each number of clients meets freshly started
-servers, in turn. Where vLLM does not start, the result file says so. Prints tables and writes
-benchmarks/results/.
+a checkpoint, which is written from the GGUF file. Each round starts the servers anew, one after the
+other (vLLM takes minutes), and puts all loads on each. Where vLLM does not start, the result file
+says so. Prints tables and writes benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from machine import facts, results_path, table
 from pieces import Pieces
 from servers import Command, RunningServer, ServerFailedError, ours
 from serving import (
+    IDLE_S,
     LEVEL_HEADER,
     LEVELS,
     ONE_TOKEN_HEADER,
@@ -29,7 +30,6 @@ from serving import (
     level_rows,
     load_level,
     load_one_token,
-    look_at,
     one_token_rows,
     process_rows,
 )
@@ -47,6 +47,7 @@ class Comparison:
         self._pieces = Pieces(options.state, options.budget_s)
         self._shape = Shape(share=options.share)
         self._num_rounds: int = options.rounds
+        self._levels: list[int] = options.levels
         self._gguf: Path = options.gguf.resolve()
         cache_dir: Path = options.cache_dir
         self._python = options.python or find_or_install(cache_dir, options.torch_wheel)
@@ -55,34 +56,16 @@ class Comparison:
             convert(self._gguf, self._checkpoint)
         self.failure: str | None = None  # why the peer does not run here
 
-    def level(self, level: int) -> dict[str, list[Any]]:
-        """Runs of all at `level` clients."""
-
-        def measure(server: RunningServer, seed: int) -> Any:
-            server.wait_for_first_token()
-            # The first answers to so many callers may be compiled for, or allocated for.
-            load_level(server, level, Shape(16, 2, 0.0), seed=seed + 1000)
-            return look_at(server, level, self._shape, seed=seed)
-
-        return self._rounds(f"level {level}", measure)
-
-    def one_token(self) -> dict[str, list[Any]]:
-        def measure(server: RunningServer, seed: int) -> Any:
-            server.wait_for_first_token()
-            load_one_token(server, Shape(share=0.1), seed=seed + 1000)
-            return load_one_token(server, self._shape, seed=seed)
-
-        return self._rounds("one token", measure)
-
-    def _rounds(
-        self, what: str, measure: Callable[[RunningServer, int], Any]
-    ) -> dict[str, list[Any]]:
+    def run(self) -> dict[str, list[Any]]:
         """A run of each side per round; every other round goes through them backwards."""
         sides: dict[str, Callable[[], Command]] = {
             OURS: lambda: self._ours("bf16"),
             OURS_INT8: lambda: self._ours("int8"),
             PEER: self._peer,
         }
+        for name in (OURS, OURS_INT8):  # builds the artifact, if there is none yet
+            with RunningServer(sides[name]()) as server:
+                server.wait_for_first_token()
         runs: dict[str, list[Any]] = {name: [] for name in sides}
         for index in range(self._num_rounds):
             for name in sides if index % 2 == 0 else reversed(sides):
@@ -91,12 +74,10 @@ class Comparison:
 
                 def run(name: str = name, seed: int = FIRST_SEED + index) -> Any:
                     with RunningServer(sides[name]()) as server:
-                        return measure(server, seed)
+                        return self._look_at(server, seed)
 
                 try:
-                    result = self._pieces.get(
-                        f"{name} {what} round {index}", run, like=f"{name} {what} round 0"
-                    )
+                    result = self._pieces.get(f"{name} round {index}", run, like=f"{name} round 0")
                 except ServerFailedError as error:
                     if name != PEER:
                         raise
@@ -104,6 +85,26 @@ class Comparison:
                 else:
                     runs[name].append(result)
         return {name: found for name, found in runs.items() if found}
+
+    def _look_at(self, server: RunningServer, seed: int) -> Any:
+        """One start of a server: its first token, all loads, its memory, idleness after them."""
+        first_token_s = server.wait_for_first_token()
+        pss_at_start = server.pss_bytes()
+        loads = {}
+        for level in self._levels:
+            # The first answers to so many callers may be compiled for, or allocated for.
+            load_level(server, level, Shape(16, 2, 0.0), seed=seed + 1000)
+            loads[str(level)] = load_level(server, level, self._shape, seed=seed)
+            print(f"  {level} clients: {loads[str(level)]['output_tokens_per_s']:.1f} tokens/s")
+        load_one_token(server, Shape(share=0.1), seed=seed + 1000)
+        return {
+            "first_token_s": first_token_s,
+            "pss_at_start": pss_at_start,
+            "loads": loads,
+            "one_token": load_one_token(server, self._shape, seed=seed),
+            "pss_after_load": server.pss_bytes(),
+            "idle_cpu": server.idle_cpu(IDLE_S * self._shape.share),
+        }
 
     def _ours(self, weights: str) -> Command:
         return ours(str(self._gguf), "--weights", weights, "--log-level", "warning")
@@ -133,27 +134,41 @@ def parse_args() -> argparse.Namespace:
     return options
 
 
+def at(runs_of: dict[str, list[Any]], level: int) -> dict[str, list[Any]]:
+    """The runs' loads at `level` clients, as `level_rows` takes them."""
+    return {
+        name: [{"load": run["loads"][str(level)]} for run in runs] for name, runs in runs_of.items()
+    }
+
+
 def main() -> None:
     options = parse_args()
     comparison = Comparison(options)
+    num = options.rounds
+    runs = "one run of each" if num == 1 else f"medians of {num} runs, each on a fresh server"
     about = facts() | {
         "model": options.gguf.name,
         "peer": f"{PACKAGE} {VERSION}",
         "load": f"closed loop, {Shape().input_len} tokens in, {Shape().output_len} out, greedy, a "
-        f"connection per request; medians of {options.rounds} runs, each on a fresh server",
+        f"connection per request; {runs}",
         "threads": f"{len(os.sched_getaffinity(0))} each; the client shares their cores",
     }
-    levels = {level: comparison.level(level) for level in options.levels}
-    one_token = comparison.one_token()
+    runs_of = comparison.run()
     if comparison.failure is not None:
         last = comparison.failure.strip().splitlines()[-1]
         about["note"] = f"{PACKAGE} does not run on this machine: {last}"
     shown = "\n\n".join(
         [
             "\n".join(f"- {key}: {value}" for key, value in about.items()),
-            table(LEVEL_HEADER, [row for n, runs in levels.items() for row in level_rows(n, runs)]),
-            table(ONE_TOKEN_HEADER, one_token_rows(one_token)),
-            table(PROCESS_HEADER, process_rows(levels[max(options.levels)])),
+            table(
+                LEVEL_HEADER,
+                [row for level in options.levels for row in level_rows(level, at(runs_of, level))],
+            ),
+            table(
+                ONE_TOKEN_HEADER,
+                one_token_rows({n: [run["one_token"] for run in r] for n, r in runs_of.items()}),
+            ),
+            table(PROCESS_HEADER, process_rows(runs_of)),
         ]
     )
     print("\n" + shown)

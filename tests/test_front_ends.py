@@ -150,8 +150,9 @@ def test_each_tells_of_all(home, model):
         for client in 3 * clients:  # so that each process serves some
             assert client.post("/v1/completions", json=body).status_code == 200
         for client in clients:
-            samples = samples_of(client)
-            assert value(samples, "requests_received_total", received) == num
+            # A process too busy to answer in time is counted as it was when it last did.
+            while value(samples := samples_of(client), "requests_received_total", received) != num:
+                pass
             assert value(samples, "generation_tokens_total") == 2 * num
             assert value(samples, "e2e_request_latency_seconds_count") == num
             assert value(samples, "queue_time_seconds_count") == num
@@ -170,8 +171,10 @@ def test_each_tells_of_all(home, model):
                 streams.enter_context(streaming(home))
             for client in clients:
                 status = client.get("/v1/status").json()
-                assert status["num_in_flight"] == status["engine"]["num_requests"] == 6
-                assert value(samples_of(client), "requests_in_flight") == 6
+                while status["num_in_flight"] != 6 or status["engine"]["num_requests"] != 6:
+                    status = client.get("/v1/status").json()
+                while value(samples_of(client), "requests_in_flight") != 6:
+                    pass
             os.kill(status["engine"]["workers"][0]["pid"], signal.SIGKILL)
             migrated = ("requests_migrated_total", 'reason="death"')
             while value(samples_of(clients[0]), *migrated) < 6:  # each process moves its own
