@@ -8,8 +8,8 @@ through AsyncLLMEngine: wire, router, detokeniser, output, event loop, generator
 
 - Peak: tokens that the readers of that many streams get per second, with DELTA and with CUMULATIVE
   outputs (whose size grows with the answer: `--num-out` tokens).
-- Latency: the worker is paced to PACE tokens/s. A token's added latency is
-  how late its reader has it, compared to the first one that got a token of the same step.
+- Latency: the worker is paced to PACE tokens/s. A token's added latency is how late its reader has
+  it, compared to the first one that got a token of the same step.
 
 Prints a table and writes benchmarks/results/.
 """

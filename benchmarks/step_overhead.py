@@ -18,6 +18,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from bench_models import our_artifact
@@ -31,7 +32,7 @@ from furiosa_llm.scheduler.config import SchedulerConfig
 from furiosa_llm.scheduler.params import SequenceParams
 from furiosa_llm.scheduler.scheduler import Scheduler
 from furiosa_llm.workers.artifact.artifact import Artifact
-from furiosa_llm.workers.kernels.native import NativeExecutor
+from furiosa_llm.workers.kernels import native
 from furiosa_llm.workers.step_queue import InlineSteps, ThreadedSteps
 
 PROMPT_LEN, BLOCK_SIZE = 64, 16
@@ -69,16 +70,16 @@ def decode(
         max_processing_samples=num_sequences,
         queue_limit=queue_limit,
     )
-    executor = NativeExecutor(
-        artifact,
-        num_blocks=config.num_blocks,
-        block_size=BLOCK_SIZE,
-        kv_cache_dtype="bf16",
-        cpus=tuple((cpu,) for cpu in sorted(os.sched_getaffinity(0))),
-        max_num_batched_tokens=config.max_num_batched_tokens,
-    )
-    timed = TimedLibrary(executor._library)
-    executor._library = timed  # type: ignore[assignment]
+    timed = TimedLibrary(native.library())
+    with patch.object(native, "library", return_value=timed):
+        executor = native.NativeExecutor(
+            artifact,
+            num_blocks=config.num_blocks,
+            block_size=BLOCK_SIZE,
+            kv_cache_dtype="bf16",
+            cpus=tuple((cpu,) for cpu in sorted(os.sched_getaffinity(0))),
+            max_num_batched_tokens=config.max_num_batched_tokens,
+        )
     steps = (
         InlineSteps(executor) if queue_limit == 1 else ThreadedSteps(executor, limit=queue_limit)
     )

@@ -49,8 +49,8 @@ class Engine {
 
     static Buffers from(Arena& arena, const FsEngineConfig& config);
   };
-  // Working memory of one PE.
-  struct PeScratch {
+  // Working memory of one PE; aligned, since each writes to its own with every attention task.
+  struct alignas(64) PeScratch {
     float* attention;
     void* matmul;
     float* gate_up;  // (2, kMaxMatmulRows, up to kStretch): gate and up of a few columns
@@ -67,6 +67,11 @@ class Engine {
     int64_t first_state;  // ... and its place in `partials`, in states of one query
     int first_task;       // of num_parts * num_kv_heads
   };
+  // What one task of attention is of its run.
+  struct AttentionPart {
+    const QueryRun& run;
+    int index, kv_head;  // index: of num_parts
+  };
 
   void forward(const FsBatch& batch);
   void locate_tokens(const FsBatch& batch);
@@ -79,9 +84,10 @@ class Engine {
   void norm_row(int row, int64_t token, const float* weight, const Matrix& next);
   void cache_tokens(int layer, int first_token, int num_tokens, int kv_head);
   void attend(const FsBatch& batch, int layer);
-  void attend_part(const FsBatch& batch, int layer, int task_index, int pe);
-  const QueryRun& run_of(int task) const;
-  Context context_of(const FsBatch& batch, int layer, int task) const;
+  AttentionPart part_of(int task) const;
+  void attend_part(const FsBatch& batch, int layer, int task_index, const AttentionPart& part,
+                   int pe);
+  Context context_of(const FsBatch& batch, int layer, const AttentionPart& part) const;
   void merge_parts(const Matrix& next);
   float* states_of(const QueryRun& run, int kv_head) const;
   bool are_heads_whole_groups() const;

@@ -88,11 +88,11 @@ void Engine::attend(const FsBatch& batch, int layer) {
   }
   for (PeScratch& scratch : scratch_) scratch.fetched_task = -1;
   pool_.run(num_tasks_, [&](int task, int pe) {
-    const QueryRun& run = run_of(task);
-    const int kv_head = (task - run.first_task) % num_kv_heads;
-    if (!is_cached_first) cache_tokens(layer, run.first_token, run.num_tokens, kv_head);
-    attend_part(batch, layer, task, pe);
-    if (run.num_parts == 1) quantize_heads(run, kv_head, next);
+    const AttentionPart part = part_of(task);
+    const QueryRun& run = part.run;
+    if (!is_cached_first) cache_tokens(layer, run.first_token, run.num_tokens, part.kv_head);
+    attend_part(batch, layer, task, part, pe);
+    if (run.num_parts == 1) quantize_heads(run, part.kv_head, next);
   });
   if (is_shared_out_) merge_parts(next);
   if (!are_heads_whole_groups() && next.is_quantized()) {
@@ -102,25 +102,25 @@ void Engine::attend(const FsBatch& batch, int layer) {
   }
 }
 
-const Engine::QueryRun& Engine::run_of(int task) const {
+Engine::AttentionPart Engine::part_of(int task) const {
   const auto after = std::upper_bound(
       query_runs_.begin(), query_runs_.end(), task,
       [](int value, const QueryRun& run) { return value < run.first_task; });
-  return *(after - 1);
+  const QueryRun& run = *(after - 1);
+  const int place = task - run.first_task;
+  return {run, place / config_.num_kv_heads, place % config_.num_kv_heads};
 }
 
-// What of its sequence a task attends to.
-Context Engine::context_of(const FsBatch& batch, int layer, int task) const {
-  const QueryRun& run = run_of(task);
-  const int kv_head = (task - run.first_task) % config_.num_kv_heads;
+// What of its sequence a part attends to.
+Context Engine::context_of(const FsBatch& batch, int layer, const AttentionPart& part) const {
+  const QueryRun& run = part.run;
   const int position = buffers_.positions[run.first_token], window = config_.sliding_window;
-  Context context{cache_.keys(layer, kv_head), cache_.values(layer, kv_head),
+  Context context{cache_.keys(layer, part.kv_head), cache_.values(layer, part.kv_head),
                   batch.block_ids + batch.block_offsets[run.row],
                   window > 0 && position >= window ? position - window + 1 : 0,
                   position + run.num_tokens};
   if (run.num_parts > 1) {
-    const int part = (task - run.first_task) / config_.num_kv_heads;
-    const int first = (run.first_partition + part) * kPartitionSize;
+    const int first = (run.first_partition + part.index) * kPartitionSize;
     context.begin = std::max(context.begin, first);
     context.end = std::min(context.end, first + kPartitionSize);
   }
@@ -134,10 +134,10 @@ float* Engine::states_of(const QueryRun& run, int kv_head) const {
   return buffers_.partials + first * (config_.head_dim + 2);
 }
 
-void Engine::attend_part(const FsBatch& batch, int layer, int task_index, int pe) {
-  const QueryRun& run = run_of(task_index);
-  const int kv_head = (task_index - run.first_task) % config_.num_kv_heads;
-  const int part = (task_index - run.first_task) / config_.num_kv_heads;
+void Engine::attend_part(const FsBatch& batch, int layer, int task_index, const AttentionPart& part,
+                         int pe) {
+  const QueryRun& run = part.run;
+  const int kv_head = part.kv_head;
   PeScratch& scratch = scratch_[static_cast<size_t>(pe)];
   const int heads_per_kv = config_.num_heads / config_.num_kv_heads;
   const int head_dim = config_.head_dim, first_head = kv_head * heads_per_kv;
@@ -152,17 +152,17 @@ void Engine::attend_part(const FsBatch& batch, int layer, int task_index, int pe
   task.sliding_window = config_.sliding_window;
   task.scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
   task.block_ids = batch.block_ids + batch.block_offsets[run.row];
-  task.partition_begin = run.first_partition + part;
+  task.partition_begin = run.first_partition + part.index;
   task.partition_end = task.partition_begin + 1;
   task.partials = nullptr;
   if (run.num_parts > 1) {
-    const int64_t state = int64_t{part} * run.num_tokens * heads_per_kv;
+    const int64_t state = int64_t{part.index} * run.num_tokens * heads_per_kv;
     task.partials = states_of(run, kv_head) + state * (head_dim + 2);
   }
   task.is_fetched = scratch.fetched_task == task_index;
   // A PE takes its tasks in order, but for those that it takes over from another.
   if (task_index + 1 < num_tasks_) {
-    task.next = context_of(batch, layer, task_index + 1);
+    task.next = context_of(batch, layer, part_of(task_index + 1));
     scratch.fetched_task = task_index + 1;
   }
   task.scratch = scratch.attention;

@@ -20,8 +20,8 @@ class FetchAhead {
   // For a task that will read positions [begin, end) of its context.
   FetchAhead(const AttentionTask& task, int begin, int end)
       : block_size_(task.block_size),
-        head_nbytes_(task.head_dim * (task.kv_dtype == kInt8 ? 1 : task.kv_dtype == kBf16 ? 2 : 4)),
-        block_nbytes_(task.block_stride / task.head_dim * head_nbytes_),
+        head_nbytes_(task.head_dim * kv_nbytes(task.kv_dtype)),
+        block_nbytes_(task.block_stride * kv_nbytes(task.kv_dtype)),
         stretches_{{task.keys, task.values, task.block_ids, begin, end}, task.next} {
     Context& next = stretches_[1];
     next.end = std::min(next.end, next.begin + kFetchDistance);
@@ -48,10 +48,9 @@ class FetchAhead {
 
  private:
   bool enter_block() {
-    if (stretches_[current_].begin >= stretches_[current_].end) {
+    while (stretches_[current_].begin >= stretches_[current_].end) {
       if (current_ == 1) return false;
-      current_ = 1;
-      return enter_block();
+      ++current_;
     }
     Context& context = stretches_[current_];
     const int offset = context.begin % block_size_;

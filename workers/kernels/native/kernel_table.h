@@ -52,6 +52,9 @@ constexpr int64_t matmul_scratch_nbytes(int cols) {
 // Attention looks at the context in pieces of this many positions, at multiples of it: how the
 // online softmax is cut depends on positions alone, not on blocks, chunks or batches.
 constexpr int kPieceSize = 64;
+// Bytes of one number in the KV cache, whose types these three are.
+constexpr int kv_nbytes(FsDtype dtype) { return dtype == kInt8 ? 1 : dtype == kBf16 ? 2 : 4; }
+
 // Query vectors (tokens times the heads that share a KV head) that one task holds at most.
 constexpr int kMaxQueries = 64;
 

@@ -22,7 +22,7 @@ class KvCache {
         block_stride(head_stride * config.num_kv_heads),
         scale_stride(int64_t{config.block_size} * config.num_kv_heads),
         head_dim_(config.head_dim),
-        value_nbytes_(dtype == kInt8 ? 1 : dtype == kBf16 ? 2 : 4),
+        value_nbytes_(kv_nbytes(dtype)),
         layer_nbytes_(block_stride * config.num_blocks * value_nbytes_),
         layer_scales_(dtype == kInt8 ? scale_stride * config.num_blocks : 0),
         keys_(layer_nbytes_ * config.num_layers),
