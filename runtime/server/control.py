@@ -67,6 +67,8 @@ class ControlServer:
         self._tasks.add(task)
         try:
             async for answer in self._answers(reader):
+                if writer.is_closing():
+                    return  # uvloop knows before `drain` tells, and would refuse the write
                 writer.write(json.dumps(answer).encode() + b"\n")
                 await writer.drain()
         except (ConnectionError, asyncio.CancelledError):

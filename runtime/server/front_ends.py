@@ -105,7 +105,7 @@ class FrontEndProcess:
         answered = asyncio.get_running_loop().create_future()
         self._answers[answer_id] = answered
         try:
-            with suppress(ConnectionError):  # it has died: `_read` tells
+            if not self._process.stdin.is_closing():  # else it has died: `_read` tells
                 self._process.stdin.write(line.encode() + b"\n")
             async with asyncio.timeout(timeout_s):
                 answer: dict[str, Any] = await answered

@@ -212,7 +212,8 @@ class HttpProtocol(HttpToolsProtocol):
         """Answer, unless an answer is being sent, and close."""
         self._clear_deadline()
         running = self._running
-        if running is None or not running.response_started or running.response_complete:
+        is_free = running is None or not running.response_started or running.response_complete
+        if is_free and not self.is_closed:
             self.transport.write(_whole_response(error, self.server_state.default_headers))
         self._disconnect(running)
         self._disconnect(self.cycle)
