@@ -144,7 +144,7 @@ def find_or_build(cache_dir: Path, bin_dir: Path | None = None) -> Peer:
 def _build(root: Path) -> None:
     root.mkdir(parents=True, exist_ok=True)
     print(f"building {PACKAGE} {VERSION} in {root} …", flush=True)
-    download = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:"]
+    download = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", PACKAGE]
     subprocess.run([*download, "-d", root, f"{PACKAGE}=={VERSION}"], check=True)
     (archive,) = root.glob("*.tar.gz")
     with tarfile.open(archive) as tar:

@@ -16,6 +16,7 @@
 #include <cstring>
 
 #include "kernel_table.h"
+#include "panel_fetch.h"
 #include "target.h"
 #include "tiles_amx.h"
 

@@ -9,6 +9,7 @@
 
 #include "fetch_ahead.h"
 #include "kernel_table.h"
+#include "panel_fetch.h"
 #include "target.h"
 
 BEGIN_TARGET("avx2,fma,f16c")

@@ -16,6 +16,7 @@
 
 #include "fetch_ahead.h"
 #include "kernel_table.h"
+#include "panel_fetch.h"
 #include "target.h"
 
 #if defined(FS_EMULATE_ISA)  // a build for tests: tests/native_emulation

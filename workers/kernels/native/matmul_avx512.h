@@ -37,10 +37,11 @@ SIMD_INLINE void store_outputs(__m512 acc, const Matrix& w, int panel, int row,
 template <int Rows>
 struct Tile16Fp32 {
   static SIMD_INLINE void run(__m512 (&acc)[Rows], const uint8_t* panel, const Matrix& w,
-                              const Activations& x, int row) {
+                              const Activations& x, int row, PanelFetch& fetch) {
     const float* values = reinterpret_cast<const float*>(panel);
     const float* inputs = x.values + static_cast<int64_t>(row) * w.cols;
     for (int k = 0; k < w.cols; ++k, values += kPanelRows) {
+      if (k % kGroupSize == 0) fetch.advance();
       const __m512 weights = _mm512_loadu_ps(values);
 #pragma GCC unroll 8
       for (int m = 0; m < Rows; ++m) {
@@ -54,10 +55,11 @@ struct Tile16Fp32 {
 template <int Rows>
 struct Tile16Bf16 {
   static SIMD_INLINE void run(__m512 (&acc)[Rows], const uint8_t* panel, const Matrix& w,
-                              const Activations& x, int row) {
+                              const Activations& x, int row, PanelFetch& fetch) {
     const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
     const float* inputs = x.values + static_cast<int64_t>(row) * w.cols;
     for (int k = 0; k < w.cols; k += 2, panel += 64) {
+      if (k % kGroupSize == 0) fetch.advance();
       // A 32-bit lane holds input k (low half) and input k + 1 (high half) of one output.
       const __m512i pairs = load_quad(panel);
       const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
@@ -77,13 +79,14 @@ struct Tile16Bf16 {
 template <int Rows>
 struct Tile16Int8 {
   static SIMD_INLINE void run(__m512 (&acc)[Rows], const uint8_t* panel, const Matrix& w,
-                              const Activations& x, int row) {
+                              const Activations& x, int row, PanelFetch& fetch) {
     const int groups = w.num_groups();
     const uint16_t* scales = reinterpret_cast<const uint16_t*>(panel + w.cols * kPanelRows);
     const int8_t* quants = x.quants + static_cast<int64_t>(row) * w.cols;
     const int64_t first = static_cast<int64_t>(row) * groups;
     const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
     for (int g = 0; g < groups; ++g, panel += 512, scales += kPanelRows, quants += kGroupSize) {
+      fetch.advance();
       __m512i dot[Rows];
 #pragma GCC unroll 8
       for (int m = 0; m < Rows; ++m) {
@@ -113,7 +116,7 @@ struct Tile16Int8 {
 template <int Rows, bool HasMin>
 struct Tile16Int4 {
   static SIMD_INLINE void run(__m512 (&acc)[Rows], const uint8_t* panel, const Matrix& w,
-                              const Activations& x, int row) {
+                              const Activations& x, int row, PanelFetch& fetch) {
     const int groups = w.num_groups();
     const uint16_t* scales = reinterpret_cast<const uint16_t*>(panel + w.cols * kPanelRows / 2);
     const uint16_t* mins = scales + groups * kPanelRows;
@@ -121,6 +124,7 @@ struct Tile16Int4 {
     const int64_t first = static_cast<int64_t>(row) * groups;
     const __m512i nibble = _mm512_set1_epi8(15);
     for (int g = 0; g < groups; ++g, panel += 256, quants += kGroupSize) {
+      fetch.advance();
       __m512i dot[Rows];
 #pragma GCC unroll 8
       for (int m = 0; m < Rows; ++m) {
@@ -165,10 +169,10 @@ using Tile16Int4Plain = Tile16Int4<Rows, false>;
 
 template <template <int> class Kernel, int Rows>
 SIMD_INLINE void run_tile16(const Matrix& w, int panel, const Activations& x, int row,
-                            const Output& out) {
+                            const Output& out, PanelFetch& fetch) {
   __m512 acc[Rows];
   for (int m = 0; m < Rows; ++m) acc[m] = splat16(0.0f);
-  Kernel<Rows>::run(acc, w.panel(panel), w, x, row);
+  Kernel<Rows>::run(acc, w.panel(panel), w, x, row, fetch);
   for (int m = 0; m < Rows; ++m) store_outputs(acc[m], w, panel, row + m, out);
 }
 
@@ -177,12 +181,15 @@ SIMD_INLINE void run_tile16(const Matrix& w, int panel, const Activations& x, in
 template <template <int> class Kernel>
 SIMD_INLINE void run_panel16(const Matrix& w, int panel, const Activations& x, int row, int row_end,
                              const Output& out) {
-  for (; row + 8 <= row_end; row += 8) run_tile16<Kernel, 8>(w, panel, x, row, out);
-  if (row + 4 <= row_end) run_tile16<Kernel, 4>(w, panel, x, row, out), row += 4;
+  if (row == row_end) return;
+  const int num_tiles = (row_end - row + 7) / 8;  // or one more
+  PanelFetch fetch(w, panel, int64_t{num_tiles} * ((w.cols + kGroupSize - 1) / kGroupSize));
+  for (; row + 8 <= row_end; row += 8) run_tile16<Kernel, 8>(w, panel, x, row, out, fetch);
+  if (row + 4 <= row_end) run_tile16<Kernel, 4>(w, panel, x, row, out, fetch), row += 4;
   switch (row_end - row) {
-    case 3: run_tile16<Kernel, 3>(w, panel, x, row, out); break;
-    case 2: run_tile16<Kernel, 2>(w, panel, x, row, out); break;
-    case 1: run_tile16<Kernel, 1>(w, panel, x, row, out); break;
+    case 3: run_tile16<Kernel, 3>(w, panel, x, row, out, fetch); break;
+    case 2: run_tile16<Kernel, 2>(w, panel, x, row, out, fetch); break;
+    case 1: run_tile16<Kernel, 1>(w, panel, x, row, out, fetch); break;
     default: break;
   }
 }

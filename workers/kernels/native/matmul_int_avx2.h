@@ -152,37 +152,15 @@ struct Nibbles {
   static SIMD_INLINE F8 value(__m256i dot) { return value_of_nibbles(dot); }
 };
 
-// The next panel, fetched from memory a little with every group that is multiplied: the processor's
-// own prefetcher stops at every 4 KiB, and would begin with the panel itself.
-class Prefetch {
- public:
-  // `num_groups` groups will be multiplied before `next` (null: none) is used.
-  Prefetch(const uint8_t* next, size_t nbytes, int64_t num_groups)
-      : place_(next),
-        end_(next + (next == nullptr ? 0 : nbytes)),
-        step_((static_cast<int64_t>(nbytes) / 64 + num_groups) / num_groups * 64) {}
-
-  SIMD_INLINE void advance() {
-    const uint8_t* until = place_ + step_;
-    for (; place_ < until && place_ < end_; place_ += 64) {
-      _mm_prefetch(reinterpret_cast<const char*>(place_), _MM_HINT_T0);
-    }
-  }
-
- private:
-  const uint8_t *place_, *end_;
-  int64_t step_;
-};
-
 // Adds groups [0, count) of `weights`, which are the row's groups from `first_group` on, to the
 // sums of `Rows` rows (16 floats each).
 template <int Rows, class Weights>
 SIMD_INLINE void add_groups(float* sums, const Weights& weights, int count, int first_group,
-                            const Activations& x, int row, Prefetch& prefetch) {
+                            const Activations& x, int row, PanelFetch& fetch) {
   const int64_t num_groups = x.cols / kGroupSize;
   const int64_t first = row * num_groups + first_group;
   for (int g = 0; g < count; ++g) {
-    prefetch.advance();
+    fetch.advance();
     const Group group = weights.group(g);
     __m256i dot[Rows][2];
     for (int m = 0; m < Rows; ++m) weights.start(dot[m], g, x, first + m * num_groups + g);
@@ -206,15 +184,15 @@ SIMD_INLINE void add_groups(float* sums, const Weights& weights, int count, int 
 template <class Weights>
 SIMD_INLINE void add_groups(float* sums, const Weights& weights, int count, int first_group,
                             const Activations& x, int row_begin, int row_end,
-                            Prefetch& prefetch) {
+                            PanelFetch& fetch) {
   int row = row_begin;
   for (; row + 4 <= row_end; row += 4, sums += 4 * kPanelRows) {
-    add_groups<4>(sums, weights, count, first_group, x, row, prefetch);
+    add_groups<4>(sums, weights, count, first_group, x, row, fetch);
   }
   switch (row_end - row) {
-    case 3: add_groups<3>(sums, weights, count, first_group, x, row, prefetch); break;
-    case 2: add_groups<2>(sums, weights, count, first_group, x, row, prefetch); break;
-    case 1: add_groups<1>(sums, weights, count, first_group, x, row, prefetch); break;
+    case 3: add_groups<3>(sums, weights, count, first_group, x, row, fetch); break;
+    case 2: add_groups<2>(sums, weights, count, first_group, x, row, fetch); break;
+    case 1: add_groups<1>(sums, weights, count, first_group, x, row, fetch); break;
     default: break;
   }
 }
@@ -227,10 +205,8 @@ SIMD_INLINE void store_rows(const float* sums, const Matrix& w, int panel, int r
   }
 }
 
-// Of the panel after this one, whoever will multiply it.
-SIMD_INLINE Prefetch next_panel(const Matrix& w, int panel, int num_rows) {
-  return Prefetch(panel + 1 < w.num_panels ? w.panel(panel + 1) : nullptr, w.panel_stride,
-                  int64_t{(num_rows + 3) / 4} * w.num_groups());
+SIMD_INLINE PanelFetch fetch_next(const Matrix& w, int panel, int num_rows) {
+  return PanelFetch(w, panel, int64_t{(num_rows + 3) / 4} * w.num_groups());
 }
 
 // A panel as it is packed; `scratch` holds the sums.
@@ -239,8 +215,8 @@ SIMD_INLINE void multiply_packed(const Matrix& w, int panel, const Activations& 
                                  int row_end, const Output& out, void* scratch) {
   float* sums = static_cast<float*>(scratch);
   std::memset(sums, 0, static_cast<size_t>(row_end - row_begin) * kPanelRows * sizeof(float));
-  Prefetch prefetch = next_panel(w, panel, row_end - row_begin);
-  add_groups(sums, Weights(w, w.panel(panel)), w.num_groups(), 0, x, row_begin, row_end, prefetch);
+  PanelFetch fetch = fetch_next(w, panel, row_end - row_begin);
+  add_groups(sums, Weights(w, w.panel(panel)), w.num_groups(), 0, x, row_begin, row_end, fetch);
   store_rows(sums, w, panel, row_begin, row_end, out);
 }
 
@@ -253,12 +229,12 @@ SIMD_INLINE void multiply_unpacked(const Matrix& w, int panel, const Activations
   constexpr int kChunk = 24 * 1024 / static_cast<int>(sizeof(Unpacked));
   float* sums = static_cast<float*>(scratch);
   Unpacked* chunk = reinterpret_cast<Unpacked*>(sums + kMaxMatmulRows * kPanelRows);
-  Prefetch prefetch = next_panel(w, panel, row_end - row_begin);
+  PanelFetch fetch = fetch_next(w, panel, row_end - row_begin);
   std::memset(sums, 0, static_cast<size_t>(row_end - row_begin) * kPanelRows * sizeof(float));
   for (int first = 0; first < w.num_groups(); first += kChunk) {
     const int count = w.num_groups() - first < kChunk ? w.num_groups() - first : kChunk;
     for (int g = 0; g < count; ++g) unpack(chunk[g], first + g);
-    add_groups(sums, Weights{chunk}, count, first, x, row_begin, row_end, prefetch);
+    add_groups(sums, Weights{chunk}, count, first, x, row_begin, row_end, fetch);
   }
   store_rows(sums, w, panel, row_begin, row_end, out);
 }
