@@ -115,6 +115,10 @@ EMULATED __m512i xor_si512(__m512i a, __m512i b) {
   const Lanes<int32_t, __m512i> x(a), y(b);
   return for_ints<int32_t>([&](int i) { return x.lane[i] ^ y.lane[i]; });
 }
+EMULATED __m512i sub_epi32(__m512i a, __m512i b) {
+  const Lanes<uint32_t, __m512i> x(a), y(b);
+  return for_ints<uint32_t>([&](int i) { return x.lane[i] - y.lane[i]; });
+}
 EMULATED __m512i sub_epi8(__m512i a, __m512i b) {
   const Lanes<int8_t, __m512i> x(a), y(b);
   return for_ints<int8_t>([&](int i) { return x.lane[i] - y.lane[i]; });
@@ -161,6 +165,7 @@ EMULATED __m512i dpbusd_epi32(__m512i sums, __m512i a, __m512i b) {
 #define _mm512_cvtph_ps emulated::cvtph_ps
 #define _mm512_and_si512 emulated::and_si512
 #define _mm512_xor_si512 emulated::xor_si512
+#define _mm512_sub_epi32 emulated::sub_epi32
 #define _mm512_sub_epi8 emulated::sub_epi8
 #define _mm512_srli_epi16 emulated::srli_epi16
 #define _mm512_slli_epi32 emulated::slli_epi32

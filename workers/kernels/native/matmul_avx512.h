@@ -15,13 +15,6 @@ SIMD_INLINE __m512 load16_half(const uint16_t* halves) {
 SIMD_INLINE __m512i load_quad(const uint8_t* bytes) {
   return _mm512_loadu_si512(reinterpret_cast<const void*>(bytes));
 }
-// Four neighbouring quants of a row, in every lane.
-SIMD_INLINE __m512i splat_quad16(const int8_t* quants) {
-  int32_t quad;
-  std::memcpy(&quad, quants, 4);
-  return _mm512_set1_epi32(quad);
-}
-
 // A row's 16 outputs of a panel, of which only those that the matrix has are read and written.
 SIMD_INLINE void store_outputs(__m512 acc, const Matrix& w, int panel, int row,
                                const Output& out) {
@@ -74,6 +67,121 @@ struct Tile16Bf16 {
   }
 };
 
+// The same place in each row of a tile. An instruction addresses any of eight rows from two pointers
+// and two strides; left to itself, GCC 12 keeps a pointer for every row and runs out of registers.
+struct TileRows {
+  const char *first, *sixth;
+  int64_t stride, stride3;  // bytes
+
+  template <class T>
+  TileRows(const T* first_row, int64_t elements)
+      : first(reinterpret_cast<const char*>(first_row)),
+        sixth(first + 5 * elements * static_cast<int64_t>(sizeof(T))),
+        stride(elements * static_cast<int64_t>(sizeof(T))),
+        stride3(3 * stride) {}
+  SIMD_INLINE void advance(int nbytes) { first += nbytes, sixth += nbytes; }
+};
+
+#define FOR_TILE_ROWS(CASE)                                                                  \
+  CASE(0, "(%[first])") CASE(1, "(%[first],%[stride])") CASE(2, "(%[first],%[stride],2)")    \
+  CASE(3, "(%[first],%[stride3])") CASE(4, "(%[first],%[stride],4)") CASE(5, "(%[sixth])")   \
+  CASE(6, "(%[first],%[stride3],2)") CASE(7, "(%[sixth],%[stride],2)")
+#define TILE_ROW(ROWS)                                                                   \
+  [first] "r"(ROWS.first), [sixth] "r"(ROWS.sixth), [stride] "r"(ROWS.stride),           \
+      [stride3] "r"(ROWS.stride3)
+
+#if defined(FS_EMULATE_ISA)
+template <class T>
+SIMD_INLINE T at_row(const TileRows& rows, int row, int offset) {
+  T value;
+  std::memcpy(&value, rows.first + row * rows.stride + offset, sizeof value);
+  return value;
+}
+template <int Row, int Offset>
+SIMD_INLINE void dot_quad(__m512i& dot, __m512i weights, const TileRows& quants) {
+  dot = _mm512_dpbusd_epi32(dot, weights, _mm512_set1_epi32(at_row<int32_t>(quants, Row, Offset)));
+}
+template <int Row>
+SIMD_INLINE __m512i splat_int(const TileRows& ints) {
+  return _mm512_set1_epi32(at_row<int32_t>(ints, Row, 0));
+}
+template <int Row>
+SIMD_INLINE __m512 times_float(__m512 factor, const TileRows& floats) {
+  return _mm512_mul_ps(splat16(at_row<float>(floats, Row, 0)), factor);
+}
+#else
+// dot += weights times the row's four quants at `Offset`. In assembly, since GCC 12 would load the
+// quants by an instruction of their own. Nothing that is inlined together with these three writes
+// what they read.
+template <int Row, int Offset>
+SIMD_INLINE void dot_quad(__m512i& dot, __m512i weights, const TileRows& quants) {
+#define DOT_QUAD(ROW, PLACE)                                                     \
+  if constexpr (Row == ROW) {                                                    \
+    asm volatile("vpdpbusd %c[offset]" PLACE "%{1to16%}, %[weights], %[dot]"     \
+                 : [dot] "+v"(dot)                                               \
+                 : [weights] "v"(weights), [offset] "i"(Offset), TILE_ROW(quants)); \
+  }
+  FOR_TILE_ROWS(DOT_QUAD)
+#undef DOT_QUAD
+}
+// The row's int or float in every lane, or times `factor`.
+template <int Row>
+SIMD_INLINE __m512i splat_int(const TileRows& ints) {
+  __m512i splat;
+#define SPLAT_INT(ROW, PLACE)                                                              \
+  if constexpr (Row == ROW) {                                                              \
+    asm volatile("vpbroadcastd " PLACE ", %[splat]" : [splat] "=v"(splat) : TILE_ROW(ints)); \
+  }
+  FOR_TILE_ROWS(SPLAT_INT)
+#undef SPLAT_INT
+  return splat;
+}
+template <int Row>
+SIMD_INLINE __m512 times_float(__m512 factor, const TileRows& floats) {
+  __m512 product;
+#define TIMES_FLOAT(ROW, PLACE)                                             \
+  if constexpr (Row == ROW) {                                               \
+    asm volatile("vmulps " PLACE "%{1to16%}, %[factor], %[product]"         \
+                 : [product] "=v"(product)                                  \
+                 : [factor] "v"(factor), TILE_ROW(floats));                 \
+  }
+  FOR_TILE_ROWS(TIMES_FLOAT)
+#undef TIMES_FLOAT
+  return product;
+}
+#endif
+
+// Calls body(Row<0>()), ..., body(Row<N - 1>()).
+template <int N>
+struct Row {
+  static constexpr int value = N;
+};
+template <int N, int First = 0, class Body>
+SIMD_INLINE void for_rows(const Body& body) {
+  if constexpr (First < N) {
+    body(Row<First>());
+    for_rows<N, First + 1>(body);
+  }
+}
+
+// dot[m] += 16 outputs' weights times four quants of row m.
+template <int Rows, int Offset>
+SIMD_INLINE void dot_quads(__m512i (&dot)[Rows], __m512i weights, const TileRows& quants) {
+  for_rows<Rows>([&](auto m) __attribute__((always_inline)) {
+    dot_quad<m.value, Offset>(dot[m.value], weights, quants);
+  });
+}
+
+// acc[m] += dot[m] in units of the row's and the outputs' scales.
+template <int Rows>
+SIMD_INLINE void add_scaled(__m512 (&acc)[Rows], const __m512i (&dot)[Rows], __m512 scale,
+                            const TileRows& input_scales) {
+  for_rows<Rows>([&](auto m) __attribute__((always_inline)) {
+    const __m512 factor = times_float<m.value>(scale, input_scales);
+    acc[m.value] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[m.value]), factor, acc[m.value]);
+  });
+}
+
 // vpdpbusd multiplies unsigned by signed bytes: the weights go in as w + 128, and the sum starts at
 // -128 times the sum of the inputs (Activations::offsets).
 template <int Rows>
@@ -81,33 +189,23 @@ struct Tile16Int8 {
   static SIMD_INLINE void run(__m512 (&acc)[Rows], const uint8_t* panel, const Matrix& w,
                               const Activations& x, int row, PanelFetch& fetch) {
     const int groups = w.num_groups();
+    const int64_t first = int64_t{row} * groups;
     const uint16_t* scales = reinterpret_cast<const uint16_t*>(panel + w.cols * kPanelRows);
-    const int8_t* quants = x.quants + static_cast<int64_t>(row) * w.cols;
-    const int64_t first = static_cast<int64_t>(row) * groups;
+    TileRows quants(x.quants + first * kGroupSize, w.cols);
+    TileRows input_scales(x.scales + first, groups), offsets(x.offsets + first, groups);
     const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
-    for (int g = 0; g < groups; ++g, panel += 512, scales += kPanelRows, quants += kGroupSize) {
+    for (int g = 0; g < groups; ++g, panel += 512, scales += kPanelRows) {
       fetch.advance();
       __m512i dot[Rows];
-#pragma GCC unroll 8
-      for (int m = 0; m < Rows; ++m) {
-        dot[m] = _mm512_set1_epi32(x.offsets[first + static_cast<int64_t>(m) * groups + g]);
-      }
-#pragma GCC unroll 8
-      for (int quad = 0; quad < 8; ++quad) {
-        const __m512i weights = _mm512_xor_si512(load_quad(panel + quad * 64), sign);
-#pragma GCC unroll 8
-        for (int m = 0; m < Rows; ++m) {
-          const int8_t* input = quants + static_cast<int64_t>(m) * w.cols + quad * 4;
-          dot[m] = _mm512_dpbusd_epi32(dot[m], weights, splat_quad16(input));
-        }
-      }
-      const __m512 scale = load16_half(scales);
-#pragma GCC unroll 8
-      for (int m = 0; m < Rows; ++m) {
-        const __m512 input_scale = splat16(x.scales[first + static_cast<int64_t>(m) * groups + g]);
-        acc[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[m]), _mm512_mul_ps(input_scale, scale),
-                                 acc[m]);
-      }
+      for_rows<Rows>([&](auto m) __attribute__((always_inline)) {
+        dot[m.value] = splat_int<m.value>(offsets);
+      });
+      for_rows<8>([&](auto quad) __attribute__((always_inline)) {
+        const __m512i weights = _mm512_xor_si512(load_quad(panel + quad.value * 64), sign);
+        dot_quads<Rows, quad.value * 4>(dot, weights, quants);
+      });
+      add_scaled<Rows>(acc, dot, load16_half(scales), input_scales);
+      quants.advance(kGroupSize), input_scales.advance(4), offsets.advance(4);
     }
   }
 };
@@ -118,46 +216,39 @@ struct Tile16Int4 {
   static SIMD_INLINE void run(__m512 (&acc)[Rows], const uint8_t* panel, const Matrix& w,
                               const Activations& x, int row, PanelFetch& fetch) {
     const int groups = w.num_groups();
+    const int64_t first = int64_t{row} * groups;
     const uint16_t* scales = reinterpret_cast<const uint16_t*>(panel + w.cols * kPanelRows / 2);
     const uint16_t* mins = scales + groups * kPanelRows;
-    const int8_t* quants = x.quants + static_cast<int64_t>(row) * w.cols;
-    const int64_t first = static_cast<int64_t>(row) * groups;
+    TileRows quants(x.quants + first * kGroupSize, w.cols);
+    TileRows input_scales(x.scales + first, groups), sums(x.sums + first, groups);
+    TileRows scaled_sums(x.scaled_sums + first, groups);
     const __m512i nibble = _mm512_set1_epi8(15);
-    for (int g = 0; g < groups; ++g, panel += 256, quants += kGroupSize) {
+    for (int g = 0; g < groups; ++g, panel += 256) {
       fetch.advance();
       __m512i dot[Rows];
-#pragma GCC unroll 8
-      for (int m = 0; m < Rows; ++m) {
-        const int32_t sum = x.sums[first + static_cast<int64_t>(m) * groups + g];
-        dot[m] = HasMin ? _mm512_setzero_si512() : _mm512_set1_epi32(-8 * sum);
-      }
-#pragma GCC unroll 4
-      for (int quad = 0; quad < 4; ++quad) {
-        const __m512i packed = load_quad(panel + quad * 64);
+      for_rows<Rows>([&](auto m) __attribute__((always_inline)) {
+        dot[m.value] = _mm512_setzero_si512();
+        if constexpr (!HasMin) {
+          const __m512i eight_sums = _mm512_slli_epi32(splat_int<m.value>(sums), 3);
+          dot[m.value] = _mm512_sub_epi32(dot[m.value], eight_sums);
+        }
+      });
+      for_rows<4>([&](auto quad) __attribute__((always_inline)) {
+        const __m512i packed = load_quad(panel + quad.value * 64);
         const __m512i low = _mm512_and_si512(packed, nibble);
         const __m512i high = _mm512_and_si512(_mm512_srli_epi16(packed, 4), nibble);
-#pragma GCC unroll 8
-        for (int m = 0; m < Rows; ++m) {
-          const int8_t* input = quants + static_cast<int64_t>(m) * w.cols + quad * 4;
-          dot[m] = _mm512_dpbusd_epi32(dot[m], low, splat_quad16(input));
-          dot[m] = _mm512_dpbusd_epi32(dot[m], high, splat_quad16(input + 16));
-        }
-      }
-      const __m512 scale = load16_half(scales + g * kPanelRows);
-#pragma GCC unroll 8
-      for (int m = 0; m < Rows; ++m) {
-        const __m512 input_scale = splat16(x.scales[first + static_cast<int64_t>(m) * groups + g]);
-        acc[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[m]), _mm512_mul_ps(input_scale, scale),
-                                 acc[m]);
-      }
-      if (HasMin) {
+        dot_quads<Rows, quad.value * 4>(dot, low, quants);
+        dot_quads<Rows, quad.value * 4 + 16>(dot, high, quants);
+      });
+      add_scaled<Rows>(acc, dot, load16_half(scales + g * kPanelRows), input_scales);
+      if constexpr (HasMin) {
         const __m512 min = load16_half(mins + g * kPanelRows);
-#pragma GCC unroll 8
-        for (int m = 0; m < Rows; ++m) {
-          const float sum = x.scaled_sums[first + static_cast<int64_t>(m) * groups + g];
-          acc[m] = _mm512_fmadd_ps(splat16(sum), min, acc[m]);
-        }
+        for_rows<Rows>([&](auto m) __attribute__((always_inline)) {
+          const __m512 sum = _mm512_castsi512_ps(splat_int<m.value>(scaled_sums));
+          acc[m.value] = _mm512_fmadd_ps(sum, min, acc[m.value]);
+        });
       }
+      quants.advance(kGroupSize), input_scales.advance(4), sums.advance(4), scaled_sums.advance(4);
     }
   }
 };
