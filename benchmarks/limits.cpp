@@ -6,7 +6,7 @@
 // GOP/s, a multiply and an add being two operations, operands in registers, enough independent sums
 // to hide every latency: fp32-W (fused multiply-add on W bits), int8-W (maddubs, madd, add: exact for
 // any bytes), int4-W (maddubs of nibbles summed in 16 bits, widened once in eight), vnni-W
-// (vpdpbusd), amx-int8, amx-bf16.
+// (vpdpbusd), bf16-W (vdpbf16ps), amx-int8, amx-bf16.
 // A mode that this CPU lacks exits with status 3. Compiled by limits.py.
 #include <sys/mman.h>
 #include <sys/syscall.h>
@@ -46,6 +46,7 @@ void clear_registers() { asm volatile("vzeroall" ::: CLOBBERS_256); }
 
 #define FMA_256(n) "vfmadd231ps %%ymm1, %%ymm2, %%ymm" #n "\n"
 #define FMA_512(n) "vfmadd231ps %%zmm1, %%zmm2, %%zmm" #n "\n"
+#define BF16_512(n) "vdpbf16ps %%zmm1, %%zmm2, %%zmm" #n "\n"
 #define VNNI_512(n) "vpdpbusd %%zmm1, %%zmm2, %%zmm" #n "\n"
 #define INT8_256(n) \
   "vpmaddubsw %%ymm1, %%ymm2, %%ymm0\n vpmaddwd %%ymm3, %%ymm0, %%ymm0\n" \
@@ -67,6 +68,7 @@ void clear_registers() { asm volatile("vzeroall" ::: CLOBBERS_256); }
 BODY(fp32_256, FMA_256)
 BODY(int8_256, INT8_256)
 BODY(fp32_512, FMA_512)
+BODY(bf16_512, BF16_512)
 BODY(vnni_512, VNNI_512)
 
 void int4_256() {
@@ -128,12 +130,14 @@ bool has_amx(unsigned bit) {
 std::vector<Mode> modes() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = __builtin_cpu_supports("avx512bw") != 0;
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
   return {
       {"fp32-256", avx2, fp32_256, 8 * 2},
       {"int8-256", avx2, int8_256, 32 * 2},
       {"int4-256", avx2, int4_256, 8 * 32 * 2},
       {"fp32-512", avx512, fp32_512, 16 * 2},
+      {"bf16-512", bf16, bf16_512, 32 * 2},
       {"vnni-512", vnni, vnni_512, 64 * 2},
       {"amx-int8", has_amx(25), amx_int8, 16.0 * 16 * 64 * 2},
       {"amx-bf16", has_amx(22), amx_bf16, 16.0 * 16 * 32 * 2},

@@ -28,10 +28,12 @@ NUM_RUNS = 3
 ISA_MODES = {
     "portable": ("int8-256", "int4-256", "fp32-256", "fp32-256"),
     "avx2": ("int8-256", "int4-256", "fp32-256", "fp32-256"),
-    "avx512": ("vnni-512", "vnni-512", "fp32-512", "fp32-512"),
+    "avx512": ("vnni-512", "vnni-512", "fp32-512", "bf16-512"),
     "amx": ("amx-int8", "amx-int8", "fp32-512", "amx-bf16"),
 }
-MODES = ("int8-256", "int4-256", "vnni-512", "amx-int8", "amx-bf16", "fp32-256", "fp32-512")
+MODES = (
+    "int8-256", "int4-256", "vnni-512", "amx-int8", "bf16-512", "amx-bf16", "fp32-256", "fp32-512",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,8 @@ class Limits:
     def arithmetic(self, isa: str, weights: str) -> float:
         """The GOP/s that bound products with weights of this type in this kernel family."""
         modes = dict(zip(("int8", "int4", "fp32", "bf16"), ISA_MODES[isa], strict=True))
-        return self.gop_per_s[modes[weights]]
+        # Where the family does without the type's own instructions, it multiplies float32.
+        return self.gop_per_s.get(modes[weights], self.gop_per_s[modes["fp32"]])
 
 
 def program(cache_dir: Path = CACHE_DIR) -> Path:

@@ -21,7 +21,7 @@ from tiny_models import ARCHITECTURES, VOCAB_SIZE, tiny_artifact
 from furiosa_llm.errors import EngineShutDownError, FuriosaLLMError, InvalidRequestError
 from furiosa_llm.workers import sampler
 from furiosa_llm.workers.artifact.artifact import Artifact, Tensor
-from furiosa_llm.workers.artifact.packing import pack_matrix, pack_quantized
+from furiosa_llm.workers.artifact.packing import from_bf16, pack_matrix, pack_quantized, to_bf16
 from furiosa_llm.workers.artifact.quantize import quantize
 from furiosa_llm.workers.artifact.rotation import hadamard
 from furiosa_llm.workers.executor import StepResult
@@ -94,6 +94,13 @@ def packed_tensor(values: np.ndarray, dtype: str) -> Tensor:
     return Tensor(dtype[:4], *values.shape, is_min, rotated, data)
 
 
+def rounded_as_kernels_do(x: np.ndarray, tensor: Tensor) -> np.ndarray:
+    """The values that inputs stand for when they are multiplied with this matrix."""
+    if tensor.dtype == "fp32":
+        return x
+    return from_bf16(to_bf16(x)) if tensor.dtype == "bf16" else quantized_as_kernels_do(x, tensor)
+
+
 def quantized_as_kernels_do(x: np.ndarray, tensor: Tensor) -> np.ndarray:
     """The values that inputs stand for once they are quantised for this matrix."""
     groups = (hadamard(x) if tensor.rotated else x).reshape(len(x), -1, 32)
@@ -116,8 +123,7 @@ def test_matmul_is_the_product(isa: str, dtype: str, shape: tuple[int, int]) -> 
     x = rng.standard_normal((13, shape[1])).astype(np.float32)
     x[4, :32] = 0
     weights = tensor.unpack().astype(np.float64)
-    is_quantized = tensor.dtype.startswith("int")
-    inputs = quantized_as_kernels_do(x, tensor) if is_quantized else x.astype(np.float64)
+    inputs = rounded_as_kernels_do(x, tensor).astype(np.float64)
 
     y = native.matmul(tensor, x, isa=isa)
 
@@ -198,12 +204,14 @@ def logits_bounds(weights: str, kv_cache_dtype: str) -> tuple[float, float]:
     """How far logits (of a spread of about 10) may be from the reference's: at most, on average.
 
     Sums in another order differ in the last bits. Where values are rounded on the way, one at the
-    edge of a step may then fall to the other side: rarely to another bf16 in the cache, and by
-    1/127 of its group's (an int8 cache: its head's) largest in activations quantised for int8 and
-    int4.
+    edge of a step may then fall to the other side: rarely to another bf16 in the cache, by 1/256 of
+    itself in activations rounded for bf16 weights, and by 1/127 of its group's (an int8 cache: its
+    head's) largest in activations quantised for int8 and int4.
     """
     if weights in ("int8", "int4"):
         return 0.4, 0.04
+    if weights == "bf16":
+        return 0.1, 0.01
     return {"fp32": (3e-4, 5e-5), "bf16": (0.03, 0.003), "int8": (0.1, 0.01)}[kv_cache_dtype]
 
 

@@ -18,7 +18,7 @@ from tiny_models import ARCHITECTURES, VOCAB_SIZE, tiny_artifact
 from furiosa_llm.errors import EngineShutDownError, InvalidRequestError
 from furiosa_llm.workers import sampler
 from furiosa_llm.workers.artifact.artifact import Artifact, Tensor
-from furiosa_llm.workers.artifact.packing import pack_matrix, pack_quantized
+from furiosa_llm.workers.artifact.packing import from_bf16, pack_matrix, pack_quantized, to_bf16
 from furiosa_llm.workers.artifact.quantize import quantize
 from furiosa_llm.workers.artifact.rotation import hadamard
 from furiosa_llm.workers.kernels.reference import ReferenceExecutor
@@ -71,6 +71,8 @@ def test_product_is_that_of_the_unpacked_matrix(dtype, num_rows):
     y = load_matrix(tensor).product(x)
     weights = tensor.unpack().astype(np.float64)
     inputs = x.astype(np.float64)
+    if dtype == "bf16":
+        inputs = from_bf16(to_bf16(x)).astype(np.float64)
     if dtype.startswith("int"):
         rotated = hadamard(x) if tensor.rotated else x
         q, scales = quantize_activations(rotated, input_levels(tensor))

@@ -44,6 +44,7 @@ void expect_equal(const std::vector<Value>& a, const std::vector<Value>& b, cons
 // Quantised as the family does it.
 struct Inputs {
   std::vector<float> values;
+  std::vector<uint16_t> halves;
   std::vector<int8_t> quants;
   std::vector<float> scales, scaled_sums;
   std::vector<int32_t> sums, offsets;
@@ -51,13 +52,13 @@ struct Inputs {
 
   Inputs(const KernelTable& kernels, const Matrix& weights, const std::vector<float>& from,
          int rows)
-      : values(from), quants(from.size()) {
+      : values(from), halves(from.size()), quants(from.size()) {
     const int cols = weights.cols;
     const size_t groups = from.size() / kGroupSize;
     scales.resize(groups), scaled_sums.resize(groups), sums.resize(groups);
     offsets.resize(groups);
-    x = {cols,        values.data(),      quants.data(),        scales.data(),
-         sums.data(), scaled_sums.data(), offsets.data()};
+    x = {cols,          values.data(), halves.data(),      quants.data(),
+         scales.data(), sums.data(),   scaled_sums.data(), offsets.data()};
     for (int row = 0; row < rows; ++row) {
       kernels.quantize(values.data() + int64_t{row} * cols, x, weights, row, 0, cols);
     }

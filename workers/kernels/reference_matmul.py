@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from furiosa_llm.workers.artifact.artifact import Tensor
-from furiosa_llm.workers.artifact.packing import unpack_quantized
+from furiosa_llm.workers.artifact.packing import from_bf16, to_bf16, unpack_quantized
 from furiosa_llm.workers.artifact.rotation import INPUTS_FACTOR, hadamard
 from furiosa_llm.workers.artifact.sizes import GROUP
 from furiosa_llm.workers.executor import Float32, Int32
@@ -47,7 +47,7 @@ def load_matrix(tensor: Tensor) -> Matrix:
     """The matrix that an artifact's tensor holds, in whichever of the four weight types."""
     if tensor.dtype in ("int8", "int4"):
         return QuantizedMatrix(tensor)
-    return FloatMatrix(tensor.unpack())
+    return FloatMatrix(tensor.unpack(), rounds_inputs=tensor.dtype == "bf16")
 
 
 def input_levels(tensor: Tensor) -> int:
@@ -59,13 +59,15 @@ def input_levels(tensor: Tensor) -> int:
 class FloatMatrix:
     """float32 weights and activations, multiplied in tiles of one fixed shape.
 
+    With bf16 weights, activations are rounded to bf16 too: what processors have instructions for.
     A tile is padded with zero rows. That a row's result does not depend on its place in the tile
     is how BLAS kernels are made, but nowhere promised; so it is checked at load, and where it does
     not hold the tile has one row only.
     """
 
-    def __init__(self, weights: Float32) -> None:
+    def __init__(self, weights: Float32, *, rounds_inputs: bool = False) -> None:
         rows, cols = weights.shape
+        self._rounds_inputs = rounds_inputs
         num_panels = -(-rows // PANEL_ROWS)
         padded = np.zeros((num_panels * PANEL_ROWS, cols), np.float32)
         padded[:rows] = weights
@@ -74,6 +76,8 @@ class FloatMatrix:
         self._tile_rows = TILE_ROWS if self._is_place_irrelevant() else 1
 
     def product(self, x: Float32) -> Float32:
+        if self._rounds_inputs:
+            x = from_bf16(to_bf16(x))
         y = np.empty((len(x), self._rows), np.float32)
         tile = np.zeros((self._tile_rows, x.shape[1]), np.float32)
         for start in range(0, len(x), self._tile_rows):

@@ -57,6 +57,7 @@ Engine::Buffers Engine::Buffers::from(Arena& arena, const FsEngineConfig& config
     Activations x;
     x.cols = static_cast<int>(cols);
     x.values = arena.take<float>(tokens * cols);
+    x.halves = arena.take<uint16_t>(tokens * cols);
     x.quants = arena.take<int8_t>(tokens * cols);
     x.scales = arena.take<float>(num_groups);
     x.sums = arena.take<int32_t>(num_groups);
@@ -212,7 +213,7 @@ void Engine::norm_row(int row, int64_t token, const float* weight, const Matrix&
   const int width = config_.hidden_size;
   kernels_.rms_norm(buffers_.input.values + int64_t{row} * width, buffers_.hidden + token * width,
                     weight, width, config_.rms_norm_eps);
-  if (next.is_quantized()) quantize(buffers_.input, next, row, 0, width);
+  if (next.rounds_inputs()) quantize(buffers_.input, next, row, 0, width);
 }
 
 void Engine::quantize(const Activations& x, const Matrix& next, int row, int col_begin,
@@ -231,6 +232,7 @@ void Engine::gate_up(int num_rows, const LayerWeights& weights) {
     for_rows(num_rows, [&](int row, int) {
       const float* gate = buffers_.wide + int64_t{row} * 2 * width;
       kernels_.swiglu(buffers_.inner.values + int64_t{row} * width, gate, gate + width, width);
+      if (weights.down.rounds_inputs()) quantize(buffers_.inner, weights.down, row, 0, width);
     });
     return;
   }
@@ -260,7 +262,9 @@ void Engine::gate_up(int num_rows, const LayerWeights& weights) {
       float* product =
           is_quantized ? gate : buffers_.inner.values + int64_t{row} * width + begin;
       kernels_.swiglu(product, gate, parts[1] + place, end - begin);
-      if (is_quantized) kernels_.quantize(gate, buffers_.inner, weights.down, row, begin, end);
+      if (weights.down.rounds_inputs()) {
+        kernels_.quantize(product, buffers_.inner, weights.down, row, begin, end);
+      }
     }
   });
 }

@@ -12,10 +12,12 @@
 
 namespace furiosa {
 
-// The left operand of a matmul. Quantised weights read the fields after `values`, others `values`.
+// The left operand of a matmul. fp32 weights read `values`; bf16 ones `values` or `halves`, which
+// then are the same numbers; quantised ones the other fields.
 struct Activations {
   int cols;
   float* values;       // (rows, cols)
+  uint16_t* halves;    // (rows, cols): values as bfloat16
   int8_t* quants;      // (rows, cols): values / scale, rounded half to even
   float* scales;       // (rows, cols/32): what a quant of the group stands for
   int32_t* sums;       // (rows, cols/32): sum of the group's quants
@@ -46,7 +48,7 @@ using MatmulKernel = void (*)(const Matrix& w, int panel_begin, int panel_end,
                               const Output& out, void* scratch);
 
 constexpr int64_t matmul_scratch_nbytes(int cols) {
-  return int64_t{96} * cols + int64_t{kMaxMatmulRows} * kPanelRows * 4 + 8192;
+  return int64_t{40} * cols + int64_t{kMaxMatmulRows} * kPanelRows * 4 + 8192;
 }
 
 // Attention looks at the context in pieces of this many positions, at multiples of it: how the
@@ -110,8 +112,9 @@ struct KernelTable {
   MatmulKernel matmul[4];  // by FsDtype
   // Row kernels. n, cols, head_dim: any positive number (head_dim: a multiple of 8).
   void (*rms_norm)(float* y, const float* x, const float* weight, int cols, float eps);
-  // Fills the quantised fields of one row, as `weights` wants them, columns [col_begin, col_end),
-  // both at multiples of 32, whose values are `values`.
+  // Rounds one row's inputs as `weights` wants them, which are not fp32: fills the fields that they
+  // read, columns [col_begin, col_end), from `values`, which may be x's own. Quantised: both at
+  // multiples of 32.
   void (*quantize)(const float* values, const Activations& x, const Matrix& weights, int row,
                    int col_begin, int col_end);
   void (*swiglu)(float* y, const float* gate, const float* up, int n);

@@ -6,11 +6,10 @@
 // left over, go through its kernels with the same bits. Half a tile's depth stays empty: a group has
 // a scale of its own, and what bounds the loop is scaling (three operations a row), not the tiles.
 //
-// bf16: activations go in as three bfloat16 numbers, x = high + middle + low exactly, and the products
-// of each part are summed apart over all inputs by the tiles, in their order: over 32 inputs the even
-// and the odd ones, then the two, then onto the sum. acc = high + (middle + low); inputs past a
-// multiple of 32 follow from left to right, each one FMA. Any number of rows is done so, since an
-// output's bits depend on its own row of a tile alone.
+// bf16: the tiles sum over all inputs in their own order: over 32 inputs the even and the odd ones,
+// then the two, then onto the sum; inputs past a multiple of 32 follow from left to right, each one
+// FMA. Any number of rows is done so, since an output's bits depend on its own row of a tile alone.
+// Three blocks of rows share a panel's tiles, and hide the latency of a tile product.
 // Included inside the family's namespace, after matmul_avx512.h.
 
 constexpr int kTileRows = 16;
@@ -164,42 +163,28 @@ void matmul_amx_int4(const Matrix& w, int panel_begin, int panel_end, const Acti
 }
 
 constexpr int kTileDepth = 32;  // bfloat16 inputs of one tile product
-constexpr int kParts = 3;
+constexpr int kMaxBlocks = 3;
 
-// Tiles 0, 1, 2: sums of the parts; 3, 4, 5: the parts; 6: weights.
-constexpr TileConfig bf16_tiles(int rows) {
-  const uint8_t few = static_cast<uint8_t>(rows);
-  return {1, 0, {}, {64, 64, 64, 64, 64, 64, 64}, {few, few, few, few, few, few, 16}};
-}
-
-// Up to 16 rows of inputs as (3 parts, 16 rows, depth) bfloat16; depth is a multiple of 32.
-SIMD_INLINE void split_inputs(uint16_t* parts, const Activations& x, int row, int rows, int depth) {
-  const int64_t stride = int64_t{kTileRows} * depth;
-  for (int m = 0; m < rows; ++m) {
-    const float* values = x.values + static_cast<int64_t>(row + m) * x.cols;
-    uint16_t* part = parts + m * depth;
-    for (int k = 0; k < depth; k += 8) {
-      F8 rest = load(values + k);
-      for (int i = 0; i < kParts; ++i) {
-        float lanes[8];
-        store(lanes, rest);
-        bf16_from_float(part + i * stride + k, lanes, 8);
-        rest = sub(rest, load(part + i * stride + k));
-      }
-    }
+// Tiles 0, 1, 2: sums of a block of rows each; 3, 4, 5: its inputs; 6: weights. A block without rows
+// is set up like a whole one, and not used.
+constexpr TileConfig bf16_tiles(int num_rows) {
+  TileConfig config = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64}, {}};
+  for (int block = 0; block < kMaxBlocks; ++block) {
+    const int left = num_rows - block * kTileRows;
+    const int rows = left <= 0 || left > kTileRows ? kTileRows : left;
+    config.rows[block] = config.rows[kMaxBlocks + block] = static_cast<uint8_t>(rows);
   }
+  config.rows[2 * kMaxBlocks] = kTileRows;
+  return config;
 }
 
-// What is left of `w.cols` past `depth`, and the store. sums: (3 parts, 16 rows, 16 outputs).
+// What is left of `w.cols` past `depth`, and the store. sums: (rows, 16 outputs).
 SIMD_INLINE void finish_bf16(const Matrix& w, int panel, const Activations& x, int row, int rows,
                              int depth, const float* sums, const Output& out) {
-  constexpr int kPartSums = kTileRows * kPanelRows;
   const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
   for (int m = 0; m < rows; ++m, sums += kPanelRows) {
     const float* values = x.values + static_cast<int64_t>(row + m) * w.cols;
-    const __m512 small = _mm512_add_ps(_mm512_loadu_ps(sums + kPartSums),
-                                       _mm512_loadu_ps(sums + 2 * kPartSums));
-    __m512 acc = _mm512_add_ps(_mm512_loadu_ps(sums), small);
+    __m512 acc = _mm512_loadu_ps(sums);
     for (int k = depth; k < w.cols; k += 2) {
       const __m512i pairs = load_quad(w.panel(panel) + k * kPanelRows * 2);
       const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
@@ -212,14 +197,15 @@ SIMD_INLINE void finish_bf16(const Matrix& w, int panel, const Activations& x, i
 }
 
 void matmul_amx_bf16(const Matrix& w, int panel_begin, int panel_end, const Activations& x,
-                     int row_begin, int row_end, const Output& out, void* scratch) {
-  alignas(64) float sums[kParts][kTileRows * kPanelRows];
-  const int depth = w.cols / kTileDepth * kTileDepth;
-  uint16_t* parts = static_cast<uint16_t*>(scratch);
-  const uint16_t *middle = parts + kTileRows * depth, *low = parts + 2 * kTileRows * depth;
-  for (int row = row_begin; row < row_end; row += kTileRows) {
-    const int rows = row_end - row < kTileRows ? row_end - row : kTileRows;
-    split_inputs(parts, x, row, rows, depth);
+                     int row_begin, int row_end, const Output& out, void*) {
+  constexpr int kBlock = kTileRows * kPanelRows, kMaxRows = kMaxBlocks * kTileRows;
+  alignas(64) float sums[kMaxBlocks * kBlock];
+  const int depth = w.cols / kTileDepth * kTileDepth, stride = w.cols * 2;
+  for (int row = row_begin; row < row_end; row += kMaxRows) {
+    const int rows = row_end - row < kMaxRows ? row_end - row : kMaxRows;
+    const uint16_t* first = x.halves + static_cast<int64_t>(row) * w.cols;
+    const uint16_t *second = first + kTileRows * w.cols, *third = second + kTileRows * w.cols;
+    const bool has_second = rows > kTileRows, has_third = rows > 2 * kTileRows;
     const TileConfig config = bf16_tiles(rows);
     load_tile_config(config);
     for (int panel = panel_begin; panel < panel_end; ++panel) {
@@ -229,17 +215,21 @@ void matmul_amx_bf16(const Matrix& w, int panel_begin, int panel_end, const Acti
       TILE_ZERO(2);
       for (int k = 0; k < depth; k += kTileDepth) {
         TILE_LOAD(6, weights + k * kPanelRows * 2, 64);
-        TILE_LOAD(3, parts + k, depth * 2);
+        TILE_LOAD(3, first + k, stride);
         TILE_DOT_BF16(0, 3, 6);
-        TILE_LOAD(4, middle + k, depth * 2);
-        TILE_DOT_BF16(1, 4, 6);
-        TILE_LOAD(5, low + k, depth * 2);
-        TILE_DOT_BF16(2, 5, 6);
+        if (has_second) {
+          TILE_LOAD(4, second + k, stride);
+          TILE_DOT_BF16(1, 4, 6);
+        }
+        if (has_third) {
+          TILE_LOAD(5, third + k, stride);
+          TILE_DOT_BF16(2, 5, 6);
+        }
       }
-      TILE_STORE(0, sums[0], 64);
-      TILE_STORE(1, sums[1], 64);
-      TILE_STORE(2, sums[2], 64);
-      finish_bf16(w, panel, x, row, rows, depth, sums[0], out);
+      TILE_STORE(0, sums, 64);
+      TILE_STORE(1, sums + kBlock, 64);
+      TILE_STORE(2, sums + 2 * kBlock, 64);
+      finish_bf16(w, panel, x, row, rows, depth, sums, out);
     }
     release_tiles();
   }

@@ -5,7 +5,8 @@
 // so that both give the same bits: an output is one lane; fp32 and bf16 take inputs from left to
 // right, each one FMA; int8 and int4 take groups of 32 from left to right, the sum inside a group
 // being exact in integers: acc = fma(dot, input scale * weight scale, acc), then
-// fma(scaled sum, min, acc). How an integer sum is split is free, since it is exact.
+// fma(scaled sum, min, acc). How an integer sum is split is free, since it is exact. Only bf16 on a
+// CPU with instructions for it goes another way.
 // Included inside the family's namespace, after <immintrin.h>.
 
 SIMD_INLINE __m512 splat16(float x) { return _mm512_set1_ps(x); }
@@ -124,6 +125,19 @@ SIMD_INLINE void dot_quad(__m512i& dot, __m512i weights, const TileRows& quants)
   FOR_TILE_ROWS(DOT_QUAD)
 #undef DOT_QUAD
 }
+// acc += 16 outputs' weights of two inputs times the row's two: bfloat16 products, added one after
+// the other.
+template <int Row, int Offset>
+SIMD_INLINE void dot_pair(__m512& acc, __m512i weights, const TileRows& halves) {
+#define DOT_PAIR(ROW, PLACE)                                                     \
+  if constexpr (Row == ROW) {                                                    \
+    asm volatile("vdpbf16ps %c[offset]" PLACE "%{1to16%}, %[weights], %[acc]"    \
+                 : [acc] "+v"(acc)                                               \
+                 : [weights] "v"(weights), [offset] "i"(Offset), TILE_ROW(halves)); \
+  }
+  FOR_TILE_ROWS(DOT_PAIR)
+#undef DOT_PAIR
+}
 // The row's int or float in every lane, or times `factor`.
 template <int Row>
 SIMD_INLINE __m512i splat_int(const TileRows& ints) {
@@ -151,23 +165,23 @@ SIMD_INLINE __m512 times_float(__m512 factor, const TileRows& floats) {
 }
 #endif
 
-// Calls body(Row<0>()), ..., body(Row<N - 1>()).
+// Calls body(Index<0>()), ..., body(Index<N - 1>()).
 template <int N>
-struct Row {
+struct Index {
   static constexpr int value = N;
 };
 template <int N, int First = 0, class Body>
-SIMD_INLINE void for_rows(const Body& body) {
+SIMD_INLINE void unrolled(const Body& body) {
   if constexpr (First < N) {
-    body(Row<First>());
-    for_rows<N, First + 1>(body);
+    body(Index<First>());
+    unrolled<N, First + 1>(body);
   }
 }
 
 // dot[m] += 16 outputs' weights times four quants of row m.
 template <int Rows, int Offset>
 SIMD_INLINE void dot_quads(__m512i (&dot)[Rows], __m512i weights, const TileRows& quants) {
-  for_rows<Rows>([&](auto m) __attribute__((always_inline)) {
+  unrolled<Rows>([&](auto m) __attribute__((always_inline)) {
     dot_quad<m.value, Offset>(dot[m.value], weights, quants);
   });
 }
@@ -176,11 +190,42 @@ SIMD_INLINE void dot_quads(__m512i (&dot)[Rows], __m512i weights, const TileRows
 template <int Rows>
 SIMD_INLINE void add_scaled(__m512 (&acc)[Rows], const __m512i (&dot)[Rows], __m512 scale,
                             const TileRows& input_scales) {
-  for_rows<Rows>([&](auto m) __attribute__((always_inline)) {
+  unrolled<Rows>([&](auto m) __attribute__((always_inline)) {
     const __m512 factor = times_float<m.value>(scale, input_scales);
     acc[m.value] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[m.value]), factor, acc[m.value]);
   });
 }
+
+#if !defined(FS_EMULATE_ISA)
+// For CPUs with AVX512-BF16. Unlike the other products', its sums are not the AVX2 family's: the
+// instruction adds two products at a time, and rounds them in its own way.
+template <int Rows>
+struct Tile16Bf16Dot {
+  static SIMD_INLINE void run(__m512 (&acc)[Rows], const uint8_t* panel, const Matrix& w,
+                              const Activations& x, int row, PanelFetch& fetch) {
+    TileRows halves(x.halves + int64_t{row} * w.cols, w.cols);
+    int k = 0;
+    for (; k + kGroupSize <= w.cols; k += kGroupSize, panel += kGroupSize * kPanelRows * 2) {
+      fetch.advance();
+      unrolled<kGroupSize / 2>([&](auto pair) __attribute__((always_inline)) {
+        add_pair<Rows, pair.value * 4>(acc, load_quad(panel + pair.value * 64), halves);
+      });
+      halves.advance(kGroupSize * 2);
+    }
+    for (; k < w.cols; k += 2, panel += 64, halves.advance(4)) {
+      add_pair<Rows, 0>(acc, load_quad(panel), halves);
+    }
+  }
+
+ private:
+  template <int N, int Offset>
+  static SIMD_INLINE void add_pair(__m512 (&acc)[N], __m512i weights, const TileRows& halves) {
+    unrolled<N>([&](auto m) __attribute__((always_inline)) {
+      dot_pair<m.value, Offset>(acc[m.value], weights, halves);
+    });
+  }
+};
+#endif
 
 // vpdpbusd multiplies unsigned by signed bytes: the weights go in as w + 128, and the sum starts at
 // -128 times the sum of the inputs (Activations::offsets).
@@ -197,10 +242,10 @@ struct Tile16Int8 {
     for (int g = 0; g < groups; ++g, panel += 512, scales += kPanelRows) {
       fetch.advance();
       __m512i dot[Rows];
-      for_rows<Rows>([&](auto m) __attribute__((always_inline)) {
+      unrolled<Rows>([&](auto m) __attribute__((always_inline)) {
         dot[m.value] = splat_int<m.value>(offsets);
       });
-      for_rows<8>([&](auto quad) __attribute__((always_inline)) {
+      unrolled<8>([&](auto quad) __attribute__((always_inline)) {
         const __m512i weights = _mm512_xor_si512(load_quad(panel + quad.value * 64), sign);
         dot_quads<Rows, quad.value * 4>(dot, weights, quants);
       });
@@ -226,14 +271,14 @@ struct Tile16Int4 {
     for (int g = 0; g < groups; ++g, panel += 256) {
       fetch.advance();
       __m512i dot[Rows];
-      for_rows<Rows>([&](auto m) __attribute__((always_inline)) {
+      unrolled<Rows>([&](auto m) __attribute__((always_inline)) {
         dot[m.value] = _mm512_setzero_si512();
         if constexpr (!HasMin) {
           const __m512i eight_sums = _mm512_slli_epi32(splat_int<m.value>(sums), 3);
           dot[m.value] = _mm512_sub_epi32(dot[m.value], eight_sums);
         }
       });
-      for_rows<4>([&](auto quad) __attribute__((always_inline)) {
+      unrolled<4>([&](auto quad) __attribute__((always_inline)) {
         const __m512i packed = load_quad(panel + quad.value * 64);
         const __m512i low = _mm512_and_si512(packed, nibble);
         const __m512i high = _mm512_and_si512(_mm512_srli_epi16(packed, 4), nibble);
@@ -243,7 +288,7 @@ struct Tile16Int4 {
       add_scaled<Rows>(acc, dot, load16_half(scales + g * kPanelRows), input_scales);
       if constexpr (HasMin) {
         const __m512 min = load16_half(mins + g * kPanelRows);
-        for_rows<Rows>([&](auto m) __attribute__((always_inline)) {
+        unrolled<Rows>([&](auto m) __attribute__((always_inline)) {
           const __m512 sum = _mm512_castsi512_ps(splat_int<m.value>(scaled_sums));
           acc[m.value] = _mm512_fmadd_ps(sum, min, acc[m.value]);
         });
@@ -295,8 +340,18 @@ void matmul16(const Matrix& w, int panel_begin, int panel_end, const Activations
 }
 
 constexpr MatmulKernel matmul16_fp32 = matmul16<Tile16Fp32>;
-constexpr MatmulKernel matmul16_bf16 = matmul16<Tile16Bf16>;
 constexpr MatmulKernel matmul16_int8 = matmul16<Tile16Int8>;
+
+void matmul16_bf16(const Matrix& w, int panel_begin, int panel_end, const Activations& x,
+                   int row_begin, int row_end, const Output& out, void* scratch) {
+#if defined(FS_EMULATE_ISA)
+  const MatmulKernel kernel = matmul16<Tile16Bf16>;
+#else
+  static const bool has_bf16 = __builtin_cpu_supports("avx512bf16");
+  const MatmulKernel kernel = has_bf16 ? matmul16<Tile16Bf16Dot> : matmul16<Tile16Bf16>;
+#endif
+  kernel(w, panel_begin, panel_end, x, row_begin, row_end, out, scratch);
+}
 
 void matmul16_int4(const Matrix& w, int panel_begin, int panel_end, const Activations& x,
                    int row_begin, int row_end, const Output& out, void* scratch) {

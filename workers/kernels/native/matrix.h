@@ -22,6 +22,8 @@ struct Matrix {
 
   const uint8_t* panel(int index) const { return data + panel_stride * static_cast<size_t>(index); }
   bool is_quantized() const { return dtype == kInt8 || dtype == kInt4; }
+  // Products with bf16 weights take bf16 inputs, as the instructions for them do.
+  bool rounds_inputs() const { return dtype != kFp32; }
   int num_groups() const { return cols / kGroupSize; }
   // What the largest input of a group becomes when inputs are quantised for this matrix. Rotated
   // inputs have no outliers and so lose little with half the levels; a pair of products with

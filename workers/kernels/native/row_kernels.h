@@ -94,11 +94,38 @@ SIMD_INLINE void rotate_group(F8 (&group)[4]) {
   group[0] = add(a, c), group[1] = add(b, d), group[2] = sub(a, c), group[3] = sub(b, d);
 }
 
+// Rounded half to even; NaN stays NaN.
+void bf16_from_float(uint16_t* y, const float* x, int n) {
+  for (int i = 0; i < n; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, x + i, 4);
+    const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+    const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+    y[i] = static_cast<uint16_t>(is_nan ? (bits >> 16 | 0x40u) : rounded);
+  }
+}
+
+// y = x as bfloat16, and `rounded` the same numbers; `rounded` may be x.
+SIMD_INLINE void round_to_bf16(uint16_t* y, float* rounded, const float* x, int n) {
+  bf16_from_float(y, x, n);
+  const int whole = n & ~7;
+  for (int i = 0; i < whole; i += 8) store(rounded + i, load(y + i));
+  for (int i = whole; i < n; ++i) {
+    const uint32_t bits = static_cast<uint32_t>(y[i]) << 16;
+    std::memcpy(rounded + i, &bits, 4);
+  }
+}
+
 // Groups below are taken for zeros: the inverse of their scale would be no float.
 constexpr float kLeastScale = 0x1p-100f;
 
 void quantize(const float* values, const Activations& x, const Matrix& weights, int row,
               int col_begin, int col_end) {
+  if (weights.dtype == kBf16) {
+    const int64_t first = static_cast<int64_t>(row) * x.cols + col_begin;
+    round_to_bf16(x.halves + first, x.values + first, values, col_end - col_begin);
+    return;
+  }
   const int64_t first_group = static_cast<int64_t>(row) * (x.cols / kGroupSize);
   const float levels = static_cast<float>(weights.input_levels());
   const float factor = weights.is_rotated ? 0.125f : 1.0f;  // a power of two: exact
@@ -150,17 +177,6 @@ float quantize_head(int8_t* y, const float* x, int n) {
     }
   }
   return scale;
-}
-
-// Rounded half to even; NaN stays NaN.
-void bf16_from_float(uint16_t* y, const float* x, int n) {
-  for (int i = 0; i < n; ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, x + i, 4);
-    const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-    const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-    y[i] = static_cast<uint16_t>(is_nan ? (bits >> 16 | 0x40u) : rounded);
-  }
 }
 
 float max_finite(const float* x, int n) {

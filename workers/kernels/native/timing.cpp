@@ -54,6 +54,7 @@ Activations activations(Arena& arena, int num_rows, int cols) {
   const int64_t num_groups = int64_t{num_rows} * ((cols + kGroupSize - 1) / kGroupSize);
   return {cols,
           arena.take<float>(num_values),
+          arena.take<uint16_t>(num_values),
           arena.take<int8_t>(num_values),
           arena.take<float>(num_groups),
           arena.take<int32_t>(num_groups),
@@ -87,7 +88,7 @@ int32_t fs_time_matmul(const char* isa, const FsTensor* weights, int32_t num_wei
     Arena arena(memory.data());
     layout(arena, &x, &y, &scratch);
     fill(x.values, int64_t{num_rows} * first.cols);
-    for (int row = 0; row < num_rows && first.is_quantized(); ++row) {
+    for (int row = 0; row < num_rows && first.rounds_inputs(); ++row) {
       kernels.quantize(x.values + int64_t{row} * first.cols, x, first, row, 0, first.cols);
     }
 
