@@ -37,6 +37,12 @@ namespace avx512 {
 
 #include "matmul_avx512.h"
 
+#if defined(FS_EMULATE_ISA)
+constexpr auto quantize16 = quantize;
+#else
+#include "quantize_avx512.h"
+#endif
+
 }  // namespace avx512
 }  // namespace furiosa
 
@@ -65,7 +71,7 @@ const KernelTable kAvx512Kernels = {
     is_avx512_supported,
     {avx512::matmul16_fp32, avx512::matmul16_bf16, avx512::matmul16_int8, avx512::matmul16_int4},
     avx512::rms_norm,
-    avx512::quantize,
+    avx512::quantize16,
     avx512::swiglu,
     avx512::rotate,
     avx512::bf16_from_float,
