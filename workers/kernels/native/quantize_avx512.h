@@ -28,11 +28,13 @@ SIMD_INLINE float max_lane16(__m512 x) {
 
 // The quants, and their sum.
 SIMD_INLINE int32_t quantize_group16(int8_t* q, const __m512 (&group)[2], float inverse) {
+  __m128i halves[2];
   for (int i = 0; i < 2; ++i) {
     const __m512i words = _mm512_cvtps_epi32(_mm512_mul_ps(group[i], splat16(inverse)));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(q) + i, _mm512_cvtsepi32_epi8(words));
+    halves[i] = _mm512_cvtsepi32_epi8(words);
   }
-  const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q));
+  const __m256i bytes = _mm256_set_m128i(halves[1], halves[0]);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(q), bytes);
   const __m256i quads =
       _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), bytes);
   __m128i four = _mm_add_epi32(_mm256_castsi256_si128(quads), _mm256_extracti128_si256(quads, 1));
