@@ -137,28 +137,41 @@ SIMD_INLINE void apply_scales(float* scores, const float* scales) {
   }
 }
 
-// Calls body(first, count) for runs of 3, 2 or 1 queries; count is a compile-time constant.
+// Calls body(first, count) for runs of 3, 2 or 1 of the queries [query, num_queries); count is a
+// compile-time constant.
 template <int N>
 struct Count {
   static constexpr int value = N;
 };
 template <class Body>
-SIMD_INLINE void for_queries(int num_queries, const Body& body) {
-  int query = 0;
+SIMD_INLINE void for_queries(int query, int num_queries, const Body& body) {
   for (; query + 3 <= num_queries; query += 3) body(query, Count<3>());
   if (num_queries - query == 2) body(query, Count<2>());
   if (num_queries - query == 1) body(query, Count<1>());
 }
 
+// How a family scores and adds up tiles of many queries, if it has a way of its own: each returns how
+// many of the first queries it has done.
+struct NoTiles {
+  static SIMD_INLINE int score(const QueryState&, int, int, const Piece<float>&) { return 0; }
+  static SIMD_INLINE int add(const QueryState&, int, int, const Piece<float>&) { return 0; }
+};
+
 // One piece for all queries; `visible(query, &begin, &end)` says what of it a query sees.
-template <class Kv, class Visible>
+template <class Tiles, class Kv, class Visible>
 SIMD_INLINE void attend_piece(const QueryState& state, int num_queries, int head_dim,
                               const Piece<Kv>& piece, FetchAhead* ahead, bool has_scales,
                               const Visible& visible) {
-  for_queries(num_queries, [&](int query, auto count) __attribute__((always_inline)) {
+  int num_scored = 0, num_added = 0;
+  if constexpr (sizeof(Kv) == sizeof(float)) {
+    num_scored = Tiles::score(state, num_queries, head_dim, piece);
+    if (num_scored > 0) ahead->advance(piece.end - piece.begin);
+  }
+  FetchAhead* const ahead_of_few = num_scored > 0 ? nullptr : ahead;
+  for_queries(num_scored, num_queries, [&](int query, auto count) __attribute__((always_inline)) {
     score_keys<decltype(count)::value>(state.scores + query * kPieceSize,
                                        state.q + query * head_dim, head_dim, piece,
-                                       query == 0 ? ahead : nullptr);
+                                       query == 0 ? ahead_of_few : nullptr);
   });
   for (int query = 0; query < num_queries; ++query) {
     int begin, end;
@@ -168,10 +181,13 @@ SIMD_INLINE void attend_piece(const QueryState& state, int num_queries, int head
     soften(state, query, begin > 0 ? begin : 0, end < kPieceSize ? end : kPieceSize);
     if (has_scales) apply_scales(scores, piece.scales[1]);
   }
-  for_queries(num_queries, [&](int query, auto count) __attribute__((always_inline)) {
+  if constexpr (sizeof(Kv) == sizeof(float)) {
+    num_added = Tiles::add(state, num_queries, head_dim, piece);
+  }
+  for_queries(num_added, num_queries, [&](int query, auto count) __attribute__((always_inline)) {
     add_values<decltype(count)::value>(state.acc + query * head_dim, state.corrections + query,
                                        state.scores + query * kPieceSize, head_dim, piece,
-                                       query == 0 ? ahead : nullptr);
+                                       query == 0 ? ahead_of_few : nullptr);
   });
 }
 
@@ -247,7 +263,7 @@ SIMD_INLINE Piece<float> widened(const Piece<Kv>& piece, int head_dim, float* ro
   return wide;
 }
 
-template <class Kv>
+template <class Tiles, class Kv>
 void attend(const AttentionTask& task) {
   constexpr int kFewQueries = 6;  // more of them share one conversion of the piece
   constexpr bool kHasScales = sizeof(Kv) == 1;
@@ -304,10 +320,10 @@ void attend(const AttentionTask& task) {
       find_piece(task, base, task_begin > base ? task_begin - base : 0,
                  task_end - base < kPieceSize ? task_end - base : kPieceSize, &piece);
       if (sizeof(Kv) == 4 || num_queries <= kFewQueries) {
-        attend_piece(state, num_queries, head_dim, piece, &ahead, kHasScales, visible);
+        attend_piece<Tiles>(state, num_queries, head_dim, piece, &ahead, kHasScales, visible);
       } else {
         const Piece<float> wide = widened(piece, head_dim, room);
-        attend_piece<float>(state, num_queries, head_dim, wide, &ahead, kHasScales, visible);
+        attend_piece<Tiles>(state, num_queries, head_dim, wide, &ahead, kHasScales, visible);
       }
     }
     for (int query = 0; query < num_queries; ++query) {
@@ -330,11 +346,12 @@ void attend(const AttentionTask& task) {
   }
 }
 
+template <class Tiles>
 void attention(const AttentionTask& task) {
   switch (task.kv_dtype) {
-    case kBf16: attend<uint16_t>(task); break;
-    case kInt8: attend<int8_t>(task); break;
-    default: attend<float>(task); break;
+    case kBf16: attend<Tiles, uint16_t>(task); break;
+    case kInt8: attend<Tiles, int8_t>(task); break;
+    default: attend<Tiles, float>(task); break;
   }
 }
 

@@ -49,7 +49,7 @@ const KernelTable kAvx2Kernels = {
     avx2::rotate,
     avx2::bf16_from_float,
     avx2::quantize_head,
-    avx2::attention,
+    avx2::attention<avx2::NoTiles>,
     avx2::merge_attention,
     avx2::max_finite,
     avx2::exp_double,

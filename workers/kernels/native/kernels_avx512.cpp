@@ -1,5 +1,6 @@
-// The AVX-512 kernel family, for CPUs with VNNI. Its products use 16 lanes; the row and attention
-// kernels are those of the AVX2 family, compiled once more with 32 registers to keep values in.
+// The AVX-512 kernel family, for CPUs with VNNI. Products, quantising and the attention of many
+// queries use 16 lanes; the other kernels are those of the AVX2 family, compiled once more with 32
+// registers to keep values in.
 #if defined(__x86_64__)
 
 #if !defined(__clang__)
@@ -10,6 +11,7 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -37,10 +39,13 @@ namespace avx512 {
 
 #include "matmul_avx512.h"
 
-#if defined(FS_EMULATE_ISA)
+#if defined(FS_EMULATE_ISA)  // without what is the same bits as the AVX2 family's anyway
 constexpr auto quantize16 = quantize;
+using AttentionTiles = NoTiles;
 #else
 #include "quantize_avx512.h"
+
+#include "attention_avx512.h"
 #endif
 
 }  // namespace avx512
@@ -76,7 +81,7 @@ const KernelTable kAvx512Kernels = {
     avx512::rotate,
     avx512::bf16_from_float,
     avx512::quantize_head,
-    avx512::attention,
+    avx512::attention<avx512::AttentionTiles>,
     avx512::merge_attention,
     avx512::max_finite,
     avx512::exp_double,

@@ -49,7 +49,7 @@ const KernelTable kNeonKernels = {
     neon::rotate,
     neon::bf16_from_float,
     neon::quantize_head,
-    neon::attention,
+    neon::attention<neon::NoTiles>,
     neon::merge_attention,
     neon::max_finite,
     neon::exp_double,

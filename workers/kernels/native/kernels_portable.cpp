@@ -149,7 +149,7 @@ const KernelTable kPortableKernels = {
     portable::rotate,
     portable::bf16_from_float,
     portable::quantize_head,
-    portable::attention,
+    portable::attention<portable::NoTiles>,
     portable::merge_attention,
     portable::max_finite,
     portable::exp_double,
