@@ -58,6 +58,7 @@ def vllm_server(python: Path, checkpoint: Path, *, num_threads: int, max_model_l
     ]
     cpus = ",".join(map(str, sorted(os.sched_getaffinity(0))))
     environment = {
+        "PYTHONSAFEPATH": "1",  # or it would import modules of ours from the current directory
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
