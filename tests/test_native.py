@@ -188,14 +188,41 @@ def test_logits_match_the_reference(
 ) -> None:
     artifact = artifact_of(architecture, weights)
     options = {"num_blocks": 64, "block_size": 16, "kv_cache_dtype": kv_cache_dtype}
-    reference = ReferenceExecutor(artifact, **options)
     executor = make_executor(artifact, isa=isa, **options)
+    reference = ReferenceExecutor(artifact, **options)
+    check_logits(executor, reference, logits_bounds(weights, kv_cache_dtype))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(
+    ("weights", "source", "dtype_of_down"),
+    [("int8", "F32", "fp32"), ("int4", "BF16", "bf16"), ("bf16", "F32", "bf16")],
+)
+def test_logits_where_a_width_is_not_whole_groups(
+    artifact_of: Callable[..., Artifact],
+    make_executor: MakeExecutor,
+    weights: str,
+    source: str,
+    dtype_of_down: str,
+    isa: str,
+) -> None:
+    artifact = artifact_of("llama", weights, intermediate_size=80, dtype=source)
+    assert artifact.tensor("layers.0.down").dtype == dtype_of_down
+    options = {"num_blocks": 64, "block_size": 16, "kv_cache_dtype": "fp32"}
+    executor = make_executor(artifact, isa=isa, **options)
+    reference = ReferenceExecutor(artifact, **options)
+    check_logits(executor, reference, logits_bounds(weights, "fp32"))
+
+
+def check_logits(
+    executor: NativeExecutor, reference: ReferenceExecutor, bounds: tuple[float, float]
+) -> None:
     prefill = step_batch([Row(0, p, blocks_of(i)) for i, p in enumerate(PROMPTS)])
     decode = step_batch([Row(len(p), [7], blocks_of(i)) for i, p in enumerate(PROMPTS)])
     for batch in (prefill, decode):
         expected, actual = reference.logits(batch), executor.logits(batch)
         difference = np.abs(actual - expected)
-        max_bound, mean_bound = logits_bounds(weights, kv_cache_dtype)
+        max_bound, mean_bound = bounds
         assert difference.max() < max_bound
         assert difference.mean() < mean_bound
 
