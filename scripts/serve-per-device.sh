@@ -89,8 +89,10 @@ http {
     upstream furiosa_serve {
         least_conn;     # answers differ in length by far too much to go round in turn
         keepalive 256;
+        # max_fails=0: a daemon that is down refuses at once and may be back within the second, so
+        # that none is worth being left out for a while, let alone all of them.
 $(for i in "${!entries[@]}"; do
-        echo "        server $(upstream "$i") max_fails=1 fail_timeout=1s;"
+        echo "        server $(upstream "$i") max_fails=0;"
     done)
     }
     server {

@@ -16,6 +16,7 @@ SIMD_INLINE __m512 load16_half(const uint16_t* halves) {
 SIMD_INLINE __m512i load_quad(const uint8_t* bytes) {
   return _mm512_loadu_si512(reinterpret_cast<const void*>(bytes));
 }
+
 // A row's 16 outputs of a panel, of which only those that the matrix has are read and written.
 SIMD_INLINE void store_outputs(__m512 acc, const Matrix& w, int panel, int row,
                                const Output& out) {
@@ -112,8 +113,8 @@ SIMD_INLINE __m512 times_float(__m512 factor, const TileRows& floats) {
 }
 #else
 // dot += weights times the row's four quants at `Offset`. In assembly, since GCC 12 would load the
-// quants by an instruction of their own. Nothing that is inlined together with these three writes
-// what they read.
+// quants by an instruction of their own. Nothing that is inlined together with this function and the
+// next ones writes what they read.
 template <int Row, int Offset>
 SIMD_INLINE void dot_quad(__m512i& dot, __m512i weights, const TileRows& quants) {
 #define DOT_QUAD(ROW, PLACE)                                                     \
@@ -125,8 +126,8 @@ SIMD_INLINE void dot_quad(__m512i& dot, __m512i weights, const TileRows& quants)
   FOR_TILE_ROWS(DOT_QUAD)
 #undef DOT_QUAD
 }
-// acc += 16 outputs' weights of two inputs times the row's two: bfloat16 products, added one after
-// the other.
+
+// acc += 16 outputs' weights of two inputs times the row's two, bfloat16.
 template <int Row, int Offset>
 SIMD_INLINE void dot_pair(__m512& acc, __m512i weights, const TileRows& halves) {
 #define DOT_PAIR(ROW, PLACE)                                                     \
@@ -138,7 +139,8 @@ SIMD_INLINE void dot_pair(__m512& acc, __m512i weights, const TileRows& halves) 
   FOR_TILE_ROWS(DOT_PAIR)
 #undef DOT_PAIR
 }
-// The row's int or float in every lane, or times `factor`.
+
+// The row's int in every lane.
 template <int Row>
 SIMD_INLINE __m512i splat_int(const TileRows& ints) {
   __m512i splat;
@@ -150,6 +152,8 @@ SIMD_INLINE __m512i splat_int(const TileRows& ints) {
 #undef SPLAT_INT
   return splat;
 }
+
+// The row's float times `factor`.
 template <int Row>
 SIMD_INLINE __m512 times_float(__m512 factor, const TileRows& floats) {
   __m512 product;
