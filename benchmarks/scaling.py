@@ -18,6 +18,7 @@ import random
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 from machine import facts, results_path, table
@@ -111,7 +112,7 @@ def main() -> None:
                 rows.append(row)
                 print("  ".join(row), flush=True)
     about |= {
-        "model": options.model,
+        "model": Path(options.model).name,
         "engine": f"{', '.join(sorted(isas))} kernels",
         "requests": f"{options.num_in} tokens in, {options.num_out} out, greedy; median of "
         f"{options.repeats} runs",
