@@ -194,6 +194,21 @@ def test_logits_match_the_reference(
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kv_cache_dtype", ["fp32", "bf16", "int8"])
+def test_logits_of_wide_heads(
+    artifact_of: Callable[..., Artifact],
+    make_executor: MakeExecutor,
+    kv_cache_dtype: str,
+    isa: str,
+) -> None:
+    artifact = artifact_of("llama", "fp32", head_dim=128)
+    options = {"num_blocks": 64, "block_size": 16, "kv_cache_dtype": kv_cache_dtype}
+    executor = make_executor(artifact, isa=isa, **options)
+    reference = ReferenceExecutor(artifact, **options)
+    check_logits(executor, reference, logits_bounds("fp32", kv_cache_dtype))
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(
     ("weights", "source", "dtype_of_down"),
     [("int8", "F32", "fp32"), ("int4", "BF16", "bf16"), ("bf16", "F32", "bf16")],
@@ -267,14 +282,19 @@ def all_logits(executor: NativeExecutor, chunk: int, together: bool, block_size:
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(
-    ("architecture", "weights", "kv_cache_dtype"),
+    ("architecture", "weights", "kv_cache_dtype", "options"),
     [
-        ("mistral", "fp32", "fp32"),
-        ("llama", "fp32", "fp32"),
-        ("qwen3", "bf16", "bf16"),
-        ("llama", "int8", "bf16"),
-        ("llama", "bf16", "int8"),
-        ("llama3", "int4", "fp32"),
+        # A window that one query's keys fill one or two pieces of, depending on its position.
+        ("mistral", "fp32", "fp32", {"sliding_window": 50}),
+        ("llama", "fp32", "fp32", {}),
+        ("qwen3", "bf16", "bf16", {}),
+        ("llama", "int8", "bf16", {}),
+        ("llama", "bf16", "int8", {}),
+        ("llama3", "int4", "fp32", {}),
+        # Heads as wide as most models': AVX-512 adds up values in tiles of 64 dimensions.
+        ("mistral", "fp32", "fp32", {"head_dim": 64, "sliding_window": 50}),
+        ("qwen3", "int8", "bf16", {"head_dim": 64}),
+        ("llama", "fp32", "int8", {"head_dim": 128}),
     ],
 )
 def test_bits_do_not_depend_on_batch_chunks_blocks_or_pes(
@@ -283,10 +303,9 @@ def test_bits_do_not_depend_on_batch_chunks_blocks_or_pes(
     architecture: str,
     weights: str,
     kv_cache_dtype: str,
+    options: dict[str, int],
     isa: str,
 ) -> None:
-    # Wide enough that one query's keys lie in one or in two pieces, depending on its position.
-    options = {"sliding_window": 50} if architecture == "mistral" else {}
     artifact = artifact_of(architecture, weights, **options)
 
     def run(*, chunk: int, together: bool, num_pes: int, block_size: int = 16) -> np.ndarray:

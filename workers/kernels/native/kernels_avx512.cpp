@@ -1,5 +1,5 @@
-// The AVX-512 kernel family, for CPUs with VNNI. Products, quantising and the attention of many
-// queries use 16 lanes; the other kernels are those of the AVX2 family, compiled once more with 32
+// The AVX-512 kernel family, for CPUs with VNNI. Products and the attention of many queries
+// use 16 lanes; the other kernels are those of the AVX2 family, compiled once more with 32
 // registers to keep values in.
 #if defined(__x86_64__)
 
@@ -40,11 +40,8 @@ namespace avx512 {
 #include "matmul_avx512.h"
 
 #if defined(FS_EMULATE_ISA)  // without what is the same bits as the AVX2 family's anyway
-constexpr auto quantize16 = quantize;
 using AttentionTiles = NoTiles;
 #else
-#include "quantize_avx512.h"
-
 #include "attention_avx512.h"
 #endif
 
@@ -76,7 +73,7 @@ const KernelTable kAvx512Kernels = {
     is_avx512_supported,
     {avx512::matmul16_fp32, avx512::matmul16_bf16, avx512::matmul16_int8, avx512::matmul16_int4},
     avx512::rms_norm,
-    avx512::quantize16,
+    avx512::quantize,
     avx512::swiglu,
     avx512::rotate,
     avx512::bf16_from_float,

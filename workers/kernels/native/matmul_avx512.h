@@ -84,10 +84,16 @@ struct TileRows {
   SIMD_INLINE void advance(int nbytes) { first += nbytes, sixth += nbytes; }
 };
 
-#define FOR_TILE_ROWS(CASE)                                                                  \
-  CASE(0, "(%[first])") CASE(1, "(%[first],%[stride])") CASE(2, "(%[first],%[stride],2)")    \
-  CASE(3, "(%[first],%[stride3])") CASE(4, "(%[first],%[stride],4)") CASE(5, "(%[sixth])")   \
-  CASE(6, "(%[first],%[stride3],2)") CASE(7, "(%[sixth],%[stride],2)")
+// CASE(row, its place, and what follows CASE) for each row.
+#define FOR_TILE_ROWS(CASE, ...)                                \
+  CASE(0, "(%[first])", __VA_ARGS__)                            \
+  CASE(1, "(%[first],%[stride])", __VA_ARGS__)                  \
+  CASE(2, "(%[first],%[stride],2)", __VA_ARGS__)                \
+  CASE(3, "(%[first],%[stride3])", __VA_ARGS__)                 \
+  CASE(4, "(%[first],%[stride],4)", __VA_ARGS__)                \
+  CASE(5, "(%[sixth])", __VA_ARGS__)                            \
+  CASE(6, "(%[first],%[stride3],2)", __VA_ARGS__)               \
+  CASE(7, "(%[sixth],%[stride],2)", __VA_ARGS__)
 #define TILE_ROW(ROWS)                                                                   \
   [first] "r"(ROWS.first), [sixth] "r"(ROWS.sixth), [stride] "r"(ROWS.stride),           \
       [stride3] "r"(ROWS.stride3)
@@ -112,44 +118,42 @@ SIMD_INLINE __m512 times_float(__m512 factor, const TileRows& floats) {
   return _mm512_mul_ps(splat16(at_row<float>(floats, Row, 0)), factor);
 }
 #else
-// dot += weights times the row's four quants at `Offset`. In assembly, since GCC 12 would load the
-// quants by an instruction of their own. Nothing that is inlined together with this function and the
-// next ones writes what they read.
-template <int Row, int Offset>
-SIMD_INLINE void dot_quad(__m512i& dot, __m512i weights, const TileRows& quants) {
-#define DOT_QUAD(ROW, PLACE)                                                     \
-  if constexpr (Row == ROW) {                                                    \
-    asm volatile("vpdpbusd %c[offset]" PLACE "%{1to16%}, %[weights], %[dot]"     \
-                 : [dot] "+v"(dot)                                               \
-                 : [weights] "v"(weights), [offset] "i"(Offset), TILE_ROW(quants)); \
+// The instructions on one row, in assembly, since GCC 12 would load its numbers by one of their own.
+// Nothing that is inlined together with these functions writes what they read.
+#define TILE_DOT(ROW, PLACE, INSTRUCTION)                                          \
+  if constexpr (Row == ROW) {                                                      \
+    asm volatile(INSTRUCTION " %c[offset]" PLACE "%{1to16%}, %[weights], %[sums]"  \
+                 : [sums] "+v"(sums)                                               \
+                 : [weights] "v"(weights), [offset] "i"(Offset), TILE_ROW(inputs)); \
   }
-  FOR_TILE_ROWS(DOT_QUAD)
-#undef DOT_QUAD
+#define TILE_SPLAT(ROW, PLACE, INSTRUCTION)                                                 \
+  if constexpr (Row == ROW) {                                                               \
+    asm volatile(INSTRUCTION " " PLACE ", %[splat]" : [splat] "=v"(splat) : TILE_ROW(ints)); \
+  }
+#define TILE_TIMES(ROW, PLACE, INSTRUCTION)                                    \
+  if constexpr (Row == ROW) {                                                  \
+    asm volatile(INSTRUCTION " " PLACE "%{1to16%}, %[factor], %[product]"      \
+                 : [product] "=v"(product)                                     \
+                 : [factor] "v"(factor), TILE_ROW(floats));                    \
+  }
+
+// sums += 16 outputs' weights times the row's four quants at `Offset`.
+template <int Row, int Offset>
+SIMD_INLINE void dot_quad(__m512i& sums, __m512i weights, const TileRows& inputs) {
+  FOR_TILE_ROWS(TILE_DOT, "vpdpbusd")
 }
 
-// acc += 16 outputs' weights of two inputs times the row's two, bfloat16.
+// sums += 16 outputs' weights of two inputs times the row's two at `Offset`, bfloat16.
 template <int Row, int Offset>
-SIMD_INLINE void dot_pair(__m512& acc, __m512i weights, const TileRows& halves) {
-#define DOT_PAIR(ROW, PLACE)                                                     \
-  if constexpr (Row == ROW) {                                                    \
-    asm volatile("vdpbf16ps %c[offset]" PLACE "%{1to16%}, %[weights], %[acc]"    \
-                 : [acc] "+v"(acc)                                               \
-                 : [weights] "v"(weights), [offset] "i"(Offset), TILE_ROW(halves)); \
-  }
-  FOR_TILE_ROWS(DOT_PAIR)
-#undef DOT_PAIR
+SIMD_INLINE void dot_pair(__m512& sums, __m512i weights, const TileRows& inputs) {
+  FOR_TILE_ROWS(TILE_DOT, "vdpbf16ps")
 }
 
 // The row's int in every lane.
 template <int Row>
 SIMD_INLINE __m512i splat_int(const TileRows& ints) {
   __m512i splat;
-#define SPLAT_INT(ROW, PLACE)                                                              \
-  if constexpr (Row == ROW) {                                                              \
-    asm volatile("vpbroadcastd " PLACE ", %[splat]" : [splat] "=v"(splat) : TILE_ROW(ints)); \
-  }
-  FOR_TILE_ROWS(SPLAT_INT)
-#undef SPLAT_INT
+  FOR_TILE_ROWS(TILE_SPLAT, "vpbroadcastd")
   return splat;
 }
 
@@ -157,14 +161,7 @@ SIMD_INLINE __m512i splat_int(const TileRows& ints) {
 template <int Row>
 SIMD_INLINE __m512 times_float(__m512 factor, const TileRows& floats) {
   __m512 product;
-#define TIMES_FLOAT(ROW, PLACE)                                             \
-  if constexpr (Row == ROW) {                                               \
-    asm volatile("vmulps " PLACE "%{1to16%}, %[factor], %[product]"         \
-                 : [product] "=v"(product)                                  \
-                 : [factor] "v"(factor), TILE_ROW(floats));                 \
-  }
-  FOR_TILE_ROWS(TIMES_FLOAT)
-#undef TIMES_FLOAT
+  FOR_TILE_ROWS(TILE_TIMES, "vmulps")
   return product;
 }
 #endif
