@@ -107,6 +107,16 @@ EMULATED __m512 cvtph_ps(__m256i a) {
   });
 }
 
+// The numbers of `low`, then those of `high`, as bfloat16, halves to even; for numbers as they come
+// here, neither NaN nor so small that bfloat16 holds them in part.
+EMULATED __m512i cvtne2ps_pbh(__m512 high, __m512 low) {
+  const Lanes<uint32_t, __m512> x(low), y(high);
+  return for_ints<uint16_t>([&](int i) {
+    const uint32_t bits = i < 16 ? x.lane[i] : y.lane[i - 16];
+    return (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  });
+}
+
 EMULATED __m512i and_si512(__m512i a, __m512i b) {
   const Lanes<int32_t, __m512i> x(a), y(b);
   return for_ints<int32_t>([&](int i) { return x.lane[i] & y.lane[i]; });
@@ -163,6 +173,7 @@ EMULATED __m512i dpbusd_epi32(__m512i sums, __m512i a, __m512i b) {
 #define _mm512_cvtepi32_ps emulated::cvtepi32_ps
 #define _mm512_castsi512_ps emulated::castsi512_ps
 #define _mm512_cvtph_ps emulated::cvtph_ps
+#define _mm512_cvtne2ps_pbh emulated::cvtne2ps_pbh
 #define _mm512_and_si512 emulated::and_si512
 #define _mm512_xor_si512 emulated::xor_si512
 #define _mm512_sub_epi32 emulated::sub_epi32

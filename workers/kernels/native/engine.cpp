@@ -57,12 +57,15 @@ Engine::Buffers Engine::Buffers::from(Arena& arena, const FsEngineConfig& config
     Activations x;
     x.cols = static_cast<int>(cols);
     x.values = arena.take<float>(tokens * cols);
-    x.halves = arena.take<uint16_t>(tokens * cols);
+    x.halves = arena.take<uint16_t>(whole_row_blocks(tokens) * cols);
     x.quants = arena.take<int8_t>(tokens * cols);
     x.scales = arena.take<float>(num_groups);
     x.sums = arena.take<int32_t>(num_groups);
     x.scaled_sums = arena.take<float>(num_groups);
     x.offsets = arena.take<int32_t>(num_groups);
+    x.tile_quants = arena.take<int8_t>(whole_row_blocks(tokens) * cols);
+    x.tile_scales = arena.take<float>(whole_row_blocks(tokens) * cols / kGroupSize);
+    x.tile_scaled_sums = arena.take<float>(whole_row_blocks(tokens) * cols / kGroupSize);
     return x;
   };
   Buffers buffers;

@@ -13,11 +13,12 @@
 namespace furiosa {
 
 // The left operand of a matmul. fp32 weights read `values`; bf16 ones `values` or `halves`, which
-// then are the same numbers; quantised ones the other fields.
+// then are the same numbers; quantised ones the other fields. The AMX family has `halves` in its own
+// order, in whole blocks of 16 rows.
 struct Activations {
   int cols;
   float* values;       // (rows, cols)
-  uint16_t* halves;    // (rows, cols): values as bfloat16
+  uint16_t* halves;    // (rows rounded up to 16, cols): values as bfloat16
   int8_t* quants;      // (rows, cols): values / scale, rounded half to even
   float* scales;       // (rows, cols/32): what a quant of the group stands for
   int32_t* sums;       // (rows, cols/32): sum of the group's quants
@@ -26,6 +27,9 @@ struct Activations {
   // int4, two int16: -8 * (sum of the quants at index % 4 < 2) in the low half, the other quants'
   // in the high half.
   int32_t* offsets;
+  // For the AMX family: (rows/16, cols/32, 16) of quants (of 32 each), scales and scaled sums.
+  int8_t* tile_quants;
+  float *tile_scales, *tile_scaled_sums;
 };
 
 // The result of a matmul and what is folded into it.
@@ -35,6 +39,9 @@ struct Output {
   const float* bias;        // (W.rows,) added to the product, or null
   bool accumulate;          // add to `values` (a residual) instead of overwriting them
 };
+
+// `num_rows` as Activations::halves has them.
+constexpr int64_t whole_row_blocks(int64_t num_rows) { return (num_rows + 15) / 16 * 16; }
 
 // Rows of the left operand that one call of a matmul kernel gets at most: with K inputs each they
 // stay in the second-level cache while panels go past.

@@ -11,6 +11,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -24,7 +25,7 @@
 BEGIN_TARGET("avx2,fma,f16c")
 #include "emulated_avx512.h"
 #else
-BEGIN_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
+BEGIN_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16")
 #endif
 
 namespace furiosa {
@@ -47,7 +48,7 @@ namespace furiosa {
 
 namespace {
 
-// Whether the CPU has AMX-TILE, -INT8 and -BF16, and the system lets this process use tiles: their
+// Whether the CPU has AMX-TILE, -INT8 and -BF16 and AVX512-BF16, and the system lets this process use tiles: their
 // state is large, so a process must ask for it, once; its threads then have it too.
 bool are_tiles_usable() {
 #if defined(FS_EMULATE_ISA)
@@ -58,7 +59,7 @@ bool are_tiles_usable() {
   constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25;
   constexpr unsigned kNeeded = kBf16 | kTile | kInt8;
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
-  return (edx & kNeeded) == kNeeded &&
+  return (edx & kNeeded) == kNeeded && __builtin_cpu_supports("avx512bf16") &&
          syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #endif
 }
@@ -74,6 +75,7 @@ KernelTable amx_kernels() {
   table.matmul[kBf16] = amx::matmul_amx_bf16;
   table.matmul[kInt8] = amx::matmul_amx_int8;
   table.matmul[kInt4] = amx::matmul_amx_int4;
+  table.quantize = amx::quantize_amx;
   return table;
 }
 

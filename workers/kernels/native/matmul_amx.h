@@ -4,106 +4,136 @@
 // a panel's int8 data are as they lie. The sums are the integers that vpdpbusd gives, and the
 // floating-point part is the AVX-512 family's, so that fewer than 16 rows, and the rows that are
 // left over, go through its kernels with the same bits. Half a tile's depth stays empty: a group has
-// a scale of its own, and what bounds the loop is scaling (three operations a row), not the tiles.
+// a scale of its own.
 //
 // bf16: the tiles sum over all inputs in their own order: over 32 inputs the even and the odd ones,
 // then the two, then onto the sum; inputs past a multiple of 32 follow from left to right, each one
 // FMA. Any number of rows is done so, since an output's bits depend on its own row of a tile alone.
-// Three blocks of rows share a panel's tiles, and hide the latency of a tile product.
 // Included inside the family's namespace, after matmul_avx512.h.
 
 constexpr int kTileRows = 16;
 
+// A panel as the tiles take it.
+struct TilePanel {
+  const int8_t* values;           // (cols/32, 8, 16, 4)
+  const uint16_t *scales, *mins;  // (cols/32, 16); mins: null without
+};
+
+// Sums of a group's products for 16 rows, scaled, onto `acc`. scales, sums: the rows' inputs'.
 template <bool HasMin>
-SIMD_INLINE void add_group(__m512 (&acc)[kTileRows], const int32_t* dots, const uint16_t* scales,
-                           const uint16_t* mins, const Activations& x, int64_t first, int groups) {
-  const __m512 scale = load16_half(scales);
+SIMD_INLINE void add_group(__m512 (&acc)[kTileRows], const int32_t* dots, const TilePanel& data,
+                           int g, const float* scales, const float* sums) {
+  const __m512 scale = load16_half(data.scales + g * kPanelRows);
 #pragma GCC unroll 16
   for (int m = 0; m < kTileRows; ++m) {
     const __m512 dot = _mm512_cvtepi32_ps(_mm512_loadu_si512(dots + m * kPanelRows));
-    const __m512 input_scale = splat16(x.scales[first + static_cast<int64_t>(m) * groups]);
-    acc[m] = _mm512_fmadd_ps(dot, _mm512_mul_ps(input_scale, scale), acc[m]);
+    acc[m] = _mm512_fmadd_ps(dot, _mm512_mul_ps(splat16(scales[m]), scale), acc[m]);
   }
   if (HasMin) {
-    const __m512 min = load16_half(mins);
+    const __m512 min = load16_half(data.mins + g * kPanelRows);
+#pragma GCC unroll 16
+    for (int m = 0; m < kTileRows; ++m) acc[m] = _mm512_fmadd_ps(splat16(sums[m]), min, acc[m]);
+  }
+}
+
+// Tiles 0 and 1: sums; 4 and 5: inputs; 6 and 7: weights; each for every other product.
+constexpr TileConfig kInt8Tiles = {
+    1, 0, {}, {64, 64, 0, 0, 32, 32, 64, 64}, {kTileRows, kTileRows, 0, 0, kTileRows, kTileRows, 8, 8}};
+
+// The products of some blocks of 16 rows with a panel, group by group. They go through three stages,
+// one a turn, so that none waits for another: tiles are loaded, multiplied, stored.
+class TileProducts {
+ public:
+  // What was stored is in the cache, and loads fast, two turns later: kStages after it was begun.
+  static constexpr int kStages = 4;
+
+  TileProducts(const int8_t* inputs, const int8_t* weights, int groups, int num_products,
+               const PanelFetch& fetch)
+      : inputs_(inputs), weights_(weights), groups_(groups), num_products_(num_products), fetch_(fetch) {}
+
+  SIMD_INLINE void turn() {
+    const bool is_odd = (turn_ & 1) != 0;
+    if (turn_ < num_products_) {
+      fetch_.advance();
+      const int8_t* weights = weights_ + group_ * 512;
+      if (is_odd) {
+        TILE_LOAD(5, inputs_, kGroupSize);
+        TILE_LOAD(7, weights, 64);
+      } else {
+        TILE_LOAD(4, inputs_, kGroupSize);
+        TILE_LOAD(6, weights, 64);
+      }
+      inputs_ += kTileRows * kGroupSize;
+      if (++group_ == groups_) group_ = 0;
+    }
+    if (turn_ - 1 >= 0 && turn_ - 1 < num_products_) {
+      if (is_odd) {
+        TILE_ZERO(0);
+        TILE_DOT_INT8(0, 4, 6);
+      } else {
+        TILE_ZERO(1);
+        TILE_DOT_INT8(1, 5, 7);
+      }
+    }
+    if (turn_ - 2 >= 0 && turn_ - 2 < num_products_) {
+      int32_t* place = dots_[turn_ % kStages];
+      if (is_odd) {
+        TILE_STORE(1, place, 64);
+      } else {
+        TILE_STORE(0, place, 64);
+      }
+    }
+    ++turn_;
+  }
+
+  // Of the product begun kStages turns before the latest: (16 rows, 16 outputs).
+  SIMD_INLINE const int32_t* dots() const { return dots_[(turn_ - 1 + 2) % kStages]; }
+
+ private:
+  alignas(64) int32_t dots_[kStages][kTileRows * kPanelRows];
+  const int8_t *inputs_, *weights_;
+  int groups_, num_products_, turn_ = 0, group_ = 0;
+  PanelFetch fetch_;
+};
+
+// All blocks of 16 rows from `row` to `row_end`, the last one perhaps in part, times a panel.
+template <bool HasMin>
+void multiply_blocks(const Matrix& w, int panel, const TilePanel& data, const Activations& x,
+                     int row, int row_end, const Output& out) {
+  const int groups = w.num_groups();
+  const int num_products = (row_end - row + kTileRows - 1) / kTileRows * groups;
+  const int64_t first = int64_t{row / kTileRows} * groups * kTileRows;  // of the inputs' groups
+  const float *scales = x.tile_scales + first, *sums = x.tile_scaled_sums + first;
+  TileProducts products(x.tile_quants + first * kGroupSize, data.values, groups, num_products,
+                        PanelFetch(w, panel + 1, 1, num_products));
+  for (int i = 0; i < TileProducts::kStages; ++i) products.turn();
+  for (; row < row_end; row += kTileRows) {
+    __m512 acc[kTileRows];
+#pragma GCC unroll 16
+    for (int m = 0; m < kTileRows; ++m) acc[m] = splat16(0.0f);
+    for (int g = 0; g < groups; ++g, scales += kTileRows, sums += kTileRows) {
+      products.turn();
+      add_group<HasMin>(acc, products.dots(), data, g, scales, sums);
+    }
+    const int count = row_end - row < kTileRows ? row_end - row : kTileRows;
 #pragma GCC unroll 16
     for (int m = 0; m < kTileRows; ++m) {
-      const float sum = x.scaled_sums[first + static_cast<int64_t>(m) * groups];
-      acc[m] = _mm512_fmadd_ps(splat16(sum), min, acc[m]);
+      if (m < count) store_outputs(acc[m], w, panel, row + m, out);
     }
   }
 }
 
-// A panel as the tiles take it.
-struct TilePanel {
-  const int8_t* values;  // [cols/32][8][16][4]
-  const uint16_t *scales, *mins;  // mins: null without
-};
-
-// Rows [row, row + 16) times a panel; only those from `first_stored` on are stored. Two groups at a
-// time, so that one is scaled while the other is in the tiles.
-template <bool HasMin>
-void tile_block(const Matrix& w, int panel, const TilePanel& data, const Activations& x, int row,
-                int first_stored, const Output& out) {
-  alignas(64) int32_t dots[2][kTileRows * kPanelRows];
-  const int groups = w.num_groups();
-  const int8_t* quants = x.quants + static_cast<int64_t>(row) * w.cols;
-  const int64_t first = static_cast<int64_t>(row) * groups;
-  __m512 acc[kTileRows];
-#pragma GCC unroll 16
-  for (int m = 0; m < kTileRows; ++m) acc[m] = splat16(0.0f);
-  const auto add = [&](int buffer, int g) __attribute__((always_inline)) {
-    add_group<HasMin>(acc, dots[buffer], data.scales + g * kPanelRows,
-                      HasMin ? data.mins + g * kPanelRows : nullptr, x, first + g, groups);
-  };
-  int g = 0;
-  for (; g + 2 <= groups; g += 2) {
-    TILE_ZERO(0);
-    TILE_ZERO(1);
-    TILE_LOAD(2, quants + g * kGroupSize, w.cols);
-    TILE_LOAD(4, data.values + g * 512, 64);
-    TILE_DOT_INT8(0, 2, 4);
-    TILE_LOAD(3, quants + (g + 1) * kGroupSize, w.cols);
-    TILE_LOAD(5, data.values + (g + 1) * 512, 64);
-    TILE_DOT_INT8(1, 3, 5);
-    TILE_STORE(0, dots[0], 64);
-    TILE_STORE(1, dots[1], 64);
-    add(0, g);
-    add(1, g + 1);
-  }
-  if (g < groups) {
-    TILE_ZERO(0);
-    TILE_LOAD(2, quants + g * kGroupSize, w.cols);
-    TILE_LOAD(4, data.values + g * 512, 64);
-    TILE_DOT_INT8(0, 2, 4);
-    TILE_STORE(0, dots[0], 64);
-    add(0, g);
-  }
-#pragma GCC unroll 16
-  for (int m = 0; m < kTileRows; ++m) {
-    if (row + m >= first_stored) store_outputs(acc[m], w, panel, row + m, out);
-  }
-}
-
-// Fewer rows than this are faster without tiles; so many left over are done by a block that begins
-// among the rows before them.
+// Fewer rows than this are faster without tiles.
 constexpr int kMinLeftOver = 6;
-
-constexpr TileConfig kInt8Tiles = {
-    1, 0, {}, {64, 64, 32, 32, 64, 64}, {kTileRows, kTileRows, kTileRows, kTileRows, 8, 8}};
 
 // `Few` multiplies fewer than 16 rows without tiles.
 template <bool HasMin, template <int> class Few>
 SIMD_INLINE void tile_panel(const Matrix& w, int panel, const TilePanel& data, const Activations& x,
-                            int row, int row_end, const Output& out) {
-  for (; row + kTileRows <= row_end; row += kTileRows) {
-    tile_block<HasMin>(w, panel, data, x, row, row, out);
-  }
-  if (row_end - row >= kMinLeftOver) {
-    tile_block<HasMin>(w, panel, data, x, row_end - kTileRows, row, out);
-  } else {
-    run_panel16<Few>(w, panel, x, row, row_end, out);
-  }
+                            int row_begin, int row_end, const Output& out) {
+  const int left_over = (row_end - row_begin) % kTileRows;
+  const int tiles_end = left_over < kMinLeftOver ? row_end - left_over : row_end;
+  multiply_blocks<HasMin>(w, panel, data, x, row_begin, tiles_end, out);
+  run_panel16<Few>(w, panel, x, tiles_end, row_end, out);
 }
 
 void matmul_amx_int8(const Matrix& w, int panel_begin, int panel_end, const Activations& x,
@@ -162,30 +192,62 @@ void matmul_amx_int4(const Matrix& w, int panel_begin, int panel_end, const Acti
   release_tiles();
 }
 
-constexpr int kTileDepth = 32;  // bfloat16 inputs of one tile product
-constexpr int kMaxBlocks = 3;
+constexpr int kTileInputs = 32;  // bfloat16 inputs of one tile product
+constexpr int kTileHalves = kTileRows * kTileInputs;
 
-// Tiles 0, 1, 2: sums of a block of rows each; 3, 4, 5: its inputs; 6: weights. A block without rows
-// is set up like a whole one, and not used.
-constexpr TileConfig bf16_tiles(int num_rows) {
-  TileConfig config = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64}, {}};
-  for (int block = 0; block < kMaxBlocks; ++block) {
-    const int left = num_rows - block * kTileRows;
-    const int rows = left <= 0 || left > kTileRows ? kTileRows : left;
-    config.rows[block] = config.rows[kMaxBlocks + block] = static_cast<uint8_t>(rows);
-  }
-  config.rows[2 * kMaxBlocks] = kTileRows;
+// Where Activations::halves has an input: (rows/16, cols/32, 16, 32), so that a tile's lines follow
+// each other.
+SIMD_INLINE int64_t place_in_tiles(int row, int col, int cols) {
+  const int64_t num_tiles = int64_t{row / kTileRows} * (cols / kTileInputs) + col / kTileInputs;
+  return num_tiles * kTileHalves + row % kTileRows * kTileInputs + col % kTileInputs;
+}
+
+// Tiles 0 to 3: sums, of the first block of rows times both panels, then of the second; 4 and 5: a
+// block's inputs each; 6 and 7: a panel's weights each.
+constexpr TileConfig bf16_tiles(int rows) {
+  TileConfig config = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {}};
+  for (int tile = 0; tile < 6; ++tile) config.rows[tile] = static_cast<uint8_t>(rows);
+  config.rows[6] = config.rows[7] = kTileInputs / 2;
   return config;
 }
 
-// What is left of `w.cols` past `depth`, and the store. sums: (rows, 16 outputs).
-SIMD_INLINE void finish_bf16(const Matrix& w, int panel, const Activations& x, int row, int rows,
-                             int depth, const float* sums, const Output& out) {
+constexpr int kSums = kTileRows * kPanelRows;
+constexpr int kRowsAtOnce = 2 * kTileRows;
+
+// sums: (Blocks, 2, 16, 16). inputs: of the blocks, `block_stride` apart.
+template <int Blocks, int Panels>
+SIMD_INLINE void multiply_tiles(float* sums, const uint16_t* inputs, int64_t block_stride,
+                                const uint16_t* const (&weights)[2], int num_tiles,
+                                PanelFetch& fetch) {
+  TILE_ZERO(0);
+  if (Panels == 2) TILE_ZERO(1);
+  if (Blocks == 2) TILE_ZERO(2);
+  if (Blocks * Panels == 4) TILE_ZERO(3);
+  for (int64_t place = 0; place < int64_t{num_tiles} * kTileHalves; place += kTileHalves) {
+    fetch.advance();
+    TILE_LOAD(4, inputs + place, 64);
+    TILE_LOAD(6, weights[0] + place, 64);
+    if (Blocks == 2) TILE_LOAD(5, inputs + block_stride + place, 64);
+    if (Panels == 2) TILE_LOAD(7, weights[1] + place, 64);
+    TILE_DOT_BF16(0, 4, 6);
+    if (Blocks == 2) TILE_DOT_BF16(2, 5, 6);
+    if (Panels == 2) TILE_DOT_BF16(1, 4, 7);
+    if (Blocks * Panels == 4) TILE_DOT_BF16(3, 5, 7);
+  }
+  TILE_STORE(0, sums, 64);
+  if (Panels == 2) TILE_STORE(1, sums + kSums, 64);
+  if (Blocks == 2) TILE_STORE(2, sums + 2 * kSums, 64);
+  if (Blocks * Panels == 4) TILE_STORE(3, sums + 3 * kSums, 64);
+}
+
+// From the sums of some rows of a block to the outputs, with the inputs that fill no tile.
+SIMD_INLINE void finish_rows(const Matrix& w, int panel, const Activations& x, int row, int count,
+                             const float* sums, const Output& out) {
   const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
-  for (int m = 0; m < rows; ++m, sums += kPanelRows) {
-    const float* values = x.values + static_cast<int64_t>(row + m) * w.cols;
+  for (int m = 0; m < count; ++m, sums += kPanelRows) {
     __m512 acc = _mm512_loadu_ps(sums);
-    for (int k = depth; k < w.cols; k += 2) {
+    const float* values = x.values + static_cast<int64_t>(row + m) * w.cols;
+    for (int k = w.cols / kTileInputs * kTileInputs; k < w.cols; k += 2) {
       const __m512i pairs = load_quad(w.panel(panel) + k * kPanelRows * 2);
       const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
       const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, upper));
@@ -196,41 +258,77 @@ SIMD_INLINE void finish_bf16(const Matrix& w, int panel, const Activations& x, i
   }
 }
 
+// Up to 32 rows times `Panels` panels.
+template <int Panels>
+SIMD_INLINE void multiply_rows(const Matrix& w, int panel, const Activations& x, int row,
+                               int row_end, const Output& out, PanelFetch& fetch) {
+  alignas(64) float sums[4 * kSums];
+  const int num_tiles = w.cols / kTileInputs;
+  const int64_t block_stride = int64_t{num_tiles} * kTileHalves;
+  const uint16_t* inputs = x.halves + place_in_tiles(row, 0, w.cols);
+  const uint16_t* const weights[2] = {
+      reinterpret_cast<const uint16_t*>(w.panel(panel)),
+      reinterpret_cast<const uint16_t*>(w.panel(panel + Panels - 1))};
+  if (row_end - row > kTileRows) {
+    multiply_tiles<2, Panels>(sums, inputs, block_stride, weights, num_tiles, fetch);
+  } else {
+    multiply_tiles<1, Panels>(sums, inputs, block_stride, weights, num_tiles, fetch);
+  }
+  for (int first = 0; row + first < row_end && first < kRowsAtOnce; first += kTileRows) {
+    const int count = std::min(kTileRows, row_end - row - first);
+    for (int i = 0; i < Panels; ++i) {
+      const float* of_panel = sums + (first / kTileRows * 2 + i) * kSums;
+      finish_rows(w, panel + i, x, row + first, count, of_panel, out);
+    }
+  }
+}
+
+// Rows past the last, up to a whole tile, are multiplied as they lie in x.halves, and not stored.
 void matmul_amx_bf16(const Matrix& w, int panel_begin, int panel_end, const Activations& x,
                      int row_begin, int row_end, const Output& out, void*) {
-  constexpr int kBlock = kTileRows * kPanelRows, kMaxRows = kMaxBlocks * kTileRows;
-  alignas(64) float sums[kMaxBlocks * kBlock];
-  const int depth = w.cols / kTileDepth * kTileDepth, stride = w.cols * 2;
-  for (int row = row_begin; row < row_end; row += kMaxRows) {
-    const int rows = row_end - row < kMaxRows ? row_end - row : kMaxRows;
-    const uint16_t* first = x.halves + static_cast<int64_t>(row) * w.cols;
-    const uint16_t *second = first + kTileRows * w.cols, *third = second + kTileRows * w.cols;
-    const bool has_second = rows > kTileRows, has_third = rows > 2 * kTileRows;
-    const TileConfig config = bf16_tiles(rows);
-    load_tile_config(config);
-    for (int panel = panel_begin; panel < panel_end; ++panel) {
-      const uint8_t* weights = w.panel(panel);
-      TILE_ZERO(0);
-      TILE_ZERO(1);
-      TILE_ZERO(2);
-      for (int k = 0; k < depth; k += kTileDepth) {
-        TILE_LOAD(6, weights + k * kPanelRows * 2, 64);
-        TILE_LOAD(3, first + k, stride);
-        TILE_DOT_BF16(0, 3, 6);
-        if (has_second) {
-          TILE_LOAD(4, second + k, stride);
-          TILE_DOT_BF16(1, 4, 6);
-        }
-        if (has_third) {
-          TILE_LOAD(5, third + k, stride);
-          TILE_DOT_BF16(2, 5, 6);
-        }
+  const TileConfig config = bf16_tiles(std::min(row_end - row_begin, kTileRows));
+  const int num_rounds = (row_end - row_begin + kRowsAtOnce - 1) / kRowsAtOnce;
+  load_tile_config(config);
+  for (int panel = panel_begin; panel < panel_end; panel += 2) {
+    const int count = std::min(2, panel_end - panel);
+    PanelFetch fetch(w, panel + count, 2, int64_t{num_rounds} * (w.cols / kTileInputs + 1));
+    for (int row = row_begin; row < row_end; row += kRowsAtOnce) {
+      if (count == 2) {
+        multiply_rows<2>(w, panel, x, row, row_end, out, fetch);
+      } else {
+        multiply_rows<1>(w, panel, x, row, row_end, out, fetch);
       }
-      TILE_STORE(0, sums, 64);
-      TILE_STORE(1, sums + kBlock, 64);
-      TILE_STORE(2, sums + 2 * kBlock, 64);
-      finish_bf16(w, panel, x, row, rows, depth, sums, out);
     }
-    release_tiles();
   }
+  release_tiles();
+}
+
+// `first`'s 16 numbers, then `second`'s, rounded half to even.
+SIMD_INLINE __m512i bf16_from_floats(__m512 first, __m512 second) {
+  return (__m512i)_mm512_cvtne2ps_pbh(second, first);
+}
+
+// As the AVX-512 family's, and what tiles take: for bf16 weights instead, for quantised ones as well.
+void quantize_amx(const float* values, const Activations& x, const Matrix& weights, int row,
+                  int col_begin, int col_end) {
+  if (weights.is_quantized()) {
+    quantize(values, x, weights, row, col_begin, col_end);
+    const int groups = x.cols / kGroupSize;
+    const int64_t first = int64_t{row} * groups;
+    for (int g = col_begin / kGroupSize; g < col_end / kGroupSize; ++g) {
+      const int64_t place = (int64_t{row / kTileRows} * groups + g) * kTileRows + row % kTileRows;
+      std::memcpy(x.tile_quants + place * kGroupSize, x.quants + (first + g) * kGroupSize, kGroupSize);
+      x.tile_scales[place] = x.scales[first + g];
+      x.tile_scaled_sums[place] = x.scaled_sums[first + g];
+    }
+    return;
+  }
+  int col = col_begin;
+  for (; col + kTileInputs <= col_end; col += kTileInputs, values += kTileInputs) {
+    _mm512_storeu_si512(x.halves + place_in_tiles(row, col, x.cols),
+                        bf16_from_floats(_mm512_loadu_ps(values), _mm512_loadu_ps(values + 16)));
+  }
+  if (col == col_end) return;
+  uint16_t halves[kTileInputs];  // not read: these inputs fill no tile
+  round_to_bf16(halves, x.values + static_cast<int64_t>(row) * x.cols + col, values, col_end - col);
 }

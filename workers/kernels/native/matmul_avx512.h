@@ -320,7 +320,7 @@ SIMD_INLINE void run_panel16(const Matrix& w, int panel, const Activations& x, i
                              const Output& out) {
   if (row == row_end) return;
   const int num_tiles = (row_end - row + 7) / 8;  // or one more
-  PanelFetch fetch(w, panel, int64_t{num_tiles} * ((w.cols + kGroupSize - 1) / kGroupSize));
+  PanelFetch fetch(w, panel + 1, 1, int64_t{num_tiles} * ((w.cols + kGroupSize - 1) / kGroupSize));
   for (; row + 8 <= row_end; row += 8) run_tile16<Kernel, 8>(w, panel, x, row, out, fetch);
   if (row + 4 <= row_end) run_tile16<Kernel, 4>(w, panel, x, row, out, fetch), row += 4;
   switch (row_end - row) {

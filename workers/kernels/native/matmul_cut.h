@@ -25,6 +25,7 @@ struct MatmulCut {
         num_row_blocks((num_rows + kMaxMatmulRows - 1) / kMaxMatmulRows) {
     const int num_stretches = std::max(1, num_pes * kItemsPerPe / num_row_blocks);
     panels_per_item = (num_panels + num_stretches - 1) / num_stretches;
+    panels_per_item += panels_per_item % 2;  // a family may multiply two at a time
     num_items = (num_panels + panels_per_item - 1) / panels_per_item * num_row_blocks;
   }
 

@@ -206,7 +206,7 @@ SIMD_INLINE void store_rows(const float* sums, const Matrix& w, int panel, int r
 }
 
 SIMD_INLINE PanelFetch fetch_next(const Matrix& w, int panel, int num_rows) {
-  return PanelFetch(w, panel, int64_t{(num_rows + 3) / 4} * w.num_groups());
+  return PanelFetch(w, panel + 1, 1, int64_t{(num_rows + 3) / 4} * w.num_groups());
 }
 
 // A panel as it is packed; `scratch` holds the sums.

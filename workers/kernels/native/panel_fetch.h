@@ -12,12 +12,14 @@ namespace furiosa {
 
 class PanelFetch {
  public:
-  // For the panel after `panel`, whoever will multiply it; `advance` will be called `num_steps`
-  // times before that.
-  PanelFetch(const Matrix& w, int panel, int64_t num_steps) {
-    if (panel + 1 == w.num_panels) return;
-    const int64_t nbytes = static_cast<int64_t>(w.panel_stride);
-    place_ = w.panel(panel + 1);
+  PanelFetch() = default;  // of nothing
+  // For `count` panels from `panel` on, or what there is of them, whoever will multiply them;
+  // `advance` will be called `num_steps` times before that.
+  PanelFetch(const Matrix& w, int panel, int count, int64_t num_steps) {
+    count = panel + count > w.num_panels ? w.num_panels - panel : count;
+    if (count <= 0) return;
+    const int64_t nbytes = count * static_cast<int64_t>(w.panel_stride);
+    place_ = w.panel(panel);
     end_ = place_ + nbytes;
     step_ = (nbytes / 64 + num_steps) / num_steps * 64;
   }

@@ -54,12 +54,15 @@ Activations activations(Arena& arena, int num_rows, int cols) {
   const int64_t num_groups = int64_t{num_rows} * ((cols + kGroupSize - 1) / kGroupSize);
   return {cols,
           arena.take<float>(num_values),
-          arena.take<uint16_t>(num_values),
+          arena.take<uint16_t>(whole_row_blocks(num_rows) * cols),
           arena.take<int8_t>(num_values),
           arena.take<float>(num_groups),
           arena.take<int32_t>(num_groups),
           arena.take<float>(num_groups),
-          arena.take<int32_t>(num_groups)};
+          arena.take<int32_t>(num_groups),
+          arena.take<int8_t>(whole_row_blocks(num_rows) * cols),
+          arena.take<float>(whole_row_blocks(num_rows) * cols / kGroupSize),
+          arena.take<float>(whole_row_blocks(num_rows) * cols / kGroupSize)};
 }
 
 }  // namespace
