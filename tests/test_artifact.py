@@ -93,7 +93,7 @@ def test_opening_imports_nothing_heavy():
 
 
 DAMAGE = {
-    "another version": (lambda m: m.update(format_version=3), "format_version 3"),
+    "another version": (lambda m: m.update(format_version=4), "format_version 4"),
     "no version": (lambda m: m.pop("format_version"), "format_version None"),
     "another config": (lambda m: m["model"].update(hidden_size=32), "makes it"),
     "a quietly changed config": (lambda m: m["model"].update(rms_norm_eps=2e-5), "was changed"),
@@ -152,7 +152,7 @@ def test_a_damaged_table_is_refused_with_the_reason(copy, case):
         pytest.param(b"[" * 100_000, "nested too deeply", id="deep"),
         pytest.param(b'{"a": 1, "a": 2}', "occurs twice", id="duplicate key"),
         pytest.param(b"[]", "not a dict", id="no object"),
-        pytest.param(b'{"format_version": 2}', "'model' is missing", id="bare"),
+        pytest.param(b'{"format_version": 3}', "'model' is missing", id="bare"),
         pytest.param(b" " * (17 << 20), "larger than", id="huge"),
         pytest.param(b"\xff\xfe\x00", "not valid JSON", id="no text"),
         pytest.param(b"1" * 10_000, "not valid JSON", id="endless number"),

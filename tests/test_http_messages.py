@@ -13,7 +13,7 @@ from furiosa_llm.server.anthropic_request import UNSUPPORTED
 ASKED = {
     "model": SMOLLM2,
     "system": "Be brief.",
-    "messages": [{"role": "user", "content": "What is the capital of France?"}],
+    "messages": [{"role": "user", "content": "In which city is the Eiffel Tower?"}],
     "extra_body": {"temperature": 0},  # newer clients have no argument for it
 }
 HELLO = {"model": "tiny", "max_tokens": 8, "messages": [{"role": "user", "content": "Hello"}]}

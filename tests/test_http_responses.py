@@ -11,7 +11,7 @@ from tiny_models import tiny_artifact
 from furiosa_llm.server.responses_request import UNSUPPORTED
 from furiosa_llm.server.truncation import prompt_within
 
-QUESTION = "What is the capital of France?"
+QUESTION = "In which city is the Eiffel Tower?"
 ASKED = {"model": SMOLLM2, "instructions": "Be brief.", "input": QUESTION, "temperature": 0}
 EVENT_ORDER = [
     "response.created",

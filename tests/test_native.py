@@ -24,6 +24,7 @@ from furiosa_llm.workers.artifact.artifact import Artifact, Tensor
 from furiosa_llm.workers.artifact.packing import from_bf16, pack_matrix, pack_quantized, to_bf16
 from furiosa_llm.workers.artifact.quantize import quantize
 from furiosa_llm.workers.artifact.rotation import hadamard
+from furiosa_llm.workers.artifact.sizes import scale_group
 from furiosa_llm.workers.executor import StepResult
 from furiosa_llm.workers.kernels import native, native_library
 from furiosa_llm.workers.kernels.native import NativeExecutor
@@ -84,7 +85,7 @@ def packed_tensor(values: np.ndarray, dtype: str) -> Tensor:
     if is_min:
         packed = pack_quantized(quantize(values, "int4").with_mins())
     elif dtype == "int8-file":
-        packed = pack_quantized(quantize(values, "int8"))
+        packed = pack_quantized(quantize(values, "int8", rotated=False))
     else:
         packed = pack_matrix(values, dtype)
     room = np.zeros(len(packed) + 64, np.uint8)
@@ -103,20 +104,21 @@ def rounded_as_kernels_do(x: np.ndarray, tensor: Tensor) -> np.ndarray:
 
 def quantized_as_kernels_do(x: np.ndarray, tensor: Tensor) -> np.ndarray:
     """The values that inputs stand for once they are quantised for this matrix."""
-    groups = (hadamard(x) if tensor.rotated else x).reshape(len(x), -1, 32)
+    group = scale_group(tensor.cols, tensor.dtype, tensor.rotated)
+    groups = (hadamard(x) if tensor.rotated else x).reshape(len(x), -1, group)
     levels = 64 if tensor.rotated and tensor.dtype == "int8" else 127
     largest = np.abs(groups).max(axis=2, keepdims=True)
     scales = largest / np.float32(levels)
     inverse = np.divide(np.float32(levels), largest, out=np.zeros_like(scales), where=scales > 0)
     values = np.rint(groups * inverse).astype(np.float64) * scales
     if tensor.rotated:  # back: the transform is its own inverse but for a factor
-        values = np.einsum("rgi,ij->rgj", values, hadamard(np.eye(32, dtype=np.float32))) / 32
+        values = hadamard(values.reshape(x.shape)) / 32
     return values.reshape(x.shape)
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", [*WEIGHTS, "int4-min", "int8-file"])
-@pytest.mark.parametrize("shape", [(16, 32), (37, 160), (112, 64)])
+@pytest.mark.parametrize("shape", [(16, 32), (37, 160), (112, 64), (37, 192)])
 def test_matmul_is_the_product(isa: str, dtype: str, shape: tuple[int, int]) -> None:
     rng = np.random.default_rng(1)
     tensor = packed_tensor(rng.standard_normal(shape).astype(np.float32), dtype)
@@ -190,7 +192,7 @@ def test_logits_match_the_reference(
     options = {"num_blocks": 64, "block_size": 16, "kv_cache_dtype": kv_cache_dtype}
     executor = make_executor(artifact, isa=isa, **options)
     reference = ReferenceExecutor(artifact, **options)
-    check_logits(executor, reference, logits_bounds(weights, kv_cache_dtype))
+    check_logits(executor, reference, logits_bounds(weights, kv_cache_dtype, isa))
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -205,7 +207,7 @@ def test_logits_of_wide_heads(
     options = {"num_blocks": 64, "block_size": 16, "kv_cache_dtype": kv_cache_dtype}
     executor = make_executor(artifact, isa=isa, **options)
     reference = ReferenceExecutor(artifact, **options)
-    check_logits(executor, reference, logits_bounds("fp32", kv_cache_dtype))
+    check_logits(executor, reference, logits_bounds("fp32", kv_cache_dtype, isa))
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -242,18 +244,21 @@ def check_logits(
         assert difference.mean() < mean_bound
 
 
-def logits_bounds(weights: str, kv_cache_dtype: str) -> tuple[float, float]:
+def logits_bounds(weights: str, kv_cache_dtype: str, isa: str = "") -> tuple[float, float]:
     """How far logits (of a spread of about 10) may be from the reference's: at most, on average.
 
     Sums in another order differ in the last bits. Where values are rounded on the way, one at the
     edge of a step may then fall to the other side: rarely to another bf16 in the cache, by 1/256 of
-    itself in activations rounded for bf16 weights, and by 1/127 of its group's (an int8 cache: its
-    head's) largest in activations quantised for int8 and int4.
+    itself in activations rounded for bf16 weights, by 1/127 of its group's (an int8 cache: its
+    head's) largest in activations quantised for int4, and by 1/64 for int8. With a bf16 cache, AMX
+    rounds queries and probabilities to bf16, by 1/512 at most, the reference neither: so every
+    input differs a little, and of those that are quantised many fall to the other side.
     """
+    is_rounded = isa == "amx" and kv_cache_dtype == "bf16"
     if weights in ("int8", "int4"):
-        return 0.4, 0.04
-    if weights == "bf16":
-        return 0.1, 0.01
+        return (0.8, 0.13) if is_rounded else (0.5, 0.05)
+    if weights == "bf16" or is_rounded:
+        return (0.2, 0.02) if is_rounded else (0.1, 0.01)
     return {"fp32": (3e-4, 5e-5), "bf16": (0.03, 0.003), "int8": (0.1, 0.01)}[kv_cache_dtype]
 
 
@@ -363,7 +368,7 @@ def test_long_contexts_are_shared_out_without_changing_a_bit(
     )
     reference.logits(step_batch([Row(0, tokens[:600], blocks)]))
     difference = np.abs(reference.logits(step_batch([Row(600, tokens[600:], blocks)])) - alone)
-    max_bound, mean_bound = logits_bounds("fp32", kv_cache_dtype)
+    max_bound, mean_bound = logits_bounds("fp32", kv_cache_dtype, isa)
     assert difference.max() < max_bound
     assert difference.mean() < mean_bound
 

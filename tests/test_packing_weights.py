@@ -22,7 +22,12 @@ from furiosa_llm.workers.artifact.packing import (
 )
 from furiosa_llm.workers.artifact.quantize import QuantizedRows, quantize, should_rotate
 from furiosa_llm.workers.artifact.rotation import WEIGHTS_FACTOR, hadamard
-from furiosa_llm.workers.artifact.sizes import MATRIX_DTYPES, matrix_nbytes, panel_nbytes
+from furiosa_llm.workers.artifact.sizes import (
+    MATRIX_DTYPES,
+    matrix_nbytes,
+    panel_nbytes,
+    scale_group,
+)
 
 SHAPES = [(1, 32), (16, 64), (17, 96), (48, 576)]
 
@@ -45,12 +50,12 @@ def test_packing_keeps_every_value_in_its_place(rows, cols, dtype):
     values = random_matrix(rows, cols)
     packed = pack_matrix(values, dtype)
     assert packed.dtype == np.uint8
-    assert packed.shape == (matrix_nbytes(rows, cols, dtype),)
+    rotated = dtype in ("int8", "int4")
+    assert packed.shape == (matrix_nbytes(rows, cols, dtype, rotated=rotated),)
     expected = {
         "fp32": lambda: values,
         "bf16": lambda: from_bf16(to_bf16(values)),
     }.get(dtype, lambda: quantize(values, dtype).dequantize())()
-    rotated = dtype in ("int8", "int4")
     unpacked = unpack_matrix(packed, rows, cols, dtype, rotated=rotated)
     np.testing.assert_array_equal(unpacked, expected)
 
@@ -159,9 +164,10 @@ def test_an_outlier_does_not_cost_its_group_the_precision():
 )
 @settings(max_examples=60, deadline=None)
 def test_quantisation_is_no_worse_than_the_plain_grid(values):
-    groups = (hadamard(values) * WEIGHTS_FACTOR).reshape(len(values), -1, 32)
-    extreme = np.take_along_axis(groups, np.abs(groups).argmax(axis=2, keepdims=True), axis=2)
     for dtype, steps, low, high in (("int8", 127, -127, 127), ("int4", 8, -8, 7)):
+        group = scale_group(values.shape[1], dtype, rotated=True)
+        groups = (hadamard(values) * WEIGHTS_FACTOR).reshape(len(values), -1, group)
+        extreme = np.take_along_axis(groups, np.abs(groups).argmax(axis=2, keepdims=True), axis=2)
         stored = replace(quantize(values, dtype), rotated=False).dequantize()
         error = np.linalg.norm(stored.reshape(groups.shape) - groups, axis=2)
         step = extreme.astype(np.float64) / -steps  # Q4_0 puts the largest value at -8
@@ -169,19 +175,22 @@ def test_quantisation_is_no_worse_than_the_plain_grid(values):
         plain = np.linalg.norm(np.clip(np.rint(q), low, high) * step - groups, axis=2)
         # A scale is a float16: relative error 2^-11, and 2^-25 absolute where it is subnormal.
         rounding = np.abs(groups).max(axis=2) * 2**-10 + steps * 2**-24
-        assert (error <= plain + 32**0.5 * rounding).all()
+        assert (error <= plain + group**0.5 * rounding).all()
 
 
 @pytest.mark.parametrize(
-    ("dtype", "kind", "ratio"),
+    ("dtype", "cols", "kind", "ratio"),
     [
-        pytest.param("int8", gguf.GGMLQuantizationType.Q8_0, 1.0, id="int8 no worse than Q8_0"),
-        pytest.param("int4", gguf.GGMLQuantizationType.Q4_0, 0.92, id="int4 well below Q4_0"),
+        pytest.param("int8", 544, gguf.GGMLQuantizationType.Q8_0, 0.8, id="int8 well below Q8_0"),
+        # Of normal values the largest of 64 is a tenth larger than of 32. With the outliers that
+        # real ones have, rotating them makes up for it: benchmarks/perplexity.py.
+        pytest.param("int8", 512, gguf.GGMLQuantizationType.Q8_0, 1.07, id="int8 pairs near Q8_0"),
+        pytest.param("int4", 512, gguf.GGMLQuantizationType.Q4_0, 0.92, id="int4 well below Q4_0"),
     ],
 )
-def test_quantisation_beats_the_gguf_type_it_resembles(dtype, kind, ratio):
+def test_quantisation_beats_the_gguf_type_it_resembles(dtype, cols, kind, ratio):
     for scale in (1e-3, 1.0, 100.0):
-        values = random_matrix(256, 512) * np.float32(scale)
+        values = random_matrix(256, cols) * np.float32(scale)
         theirs = gguf.dequantize(gguf.quantize(values, kind), kind)
         ours = quantize(values, dtype).dequantize()
         assert np.square(ours - values).mean() <= ratio * np.square(theirs - values).mean()

@@ -58,18 +58,22 @@ struct Inputs {
     scales.resize(groups), scaled_sums.resize(groups), sums.resize(groups);
     offsets.resize(groups);
     x = {cols,          values.data(), halves.data(),      quants.data(),
-         scales.data(), sums.data(),   scaled_sums.data(), offsets.data()};
+         scales.data(), sums.data(),   scaled_sums.data(), offsets.data(),
+         nullptr,       nullptr,       nullptr};
     for (int row = 0; row < rows; ++row) {
       kernels.quantize(values.data() + int64_t{row} * cols, x, weights, row, 0, cols);
     }
   }
 };
 
-void check_matmul(FsDtype dtype, bool has_min, bool is_rotated) {
-  constexpr int kRows = 37, kCols = 96, kInputs = 7;
-  const size_t panel_nbytes[] = {kCols * 64, kCols * 32, kCols * 16 + kCols, kCols * 8 + 2 * kCols};
+void check_matmul(FsDtype dtype, bool has_min, bool is_rotated, int scale_group = kGroupSize) {
+  constexpr int kRows = 37, kCols = 128, kInputs = 7;
+  const size_t num_scale_bytes = static_cast<size_t>(kCols / scale_group * kPanelRows * 2);
+  const size_t panel_nbytes[] = {kCols * 64, kCols * 32, kCols * 16 + num_scale_bytes,
+                                 kCols * 8 + 2 * num_scale_bytes};
   Matrix w;
   w.dtype = dtype, w.has_min = has_min, w.is_rotated = is_rotated, w.rows = kRows, w.cols = kCols, w.num_panels = 3;
+  w.scale_group = scale_group;
   w.panel_stride = (panel_nbytes[dtype] + 63) / 64 * 64;
   std::vector<uint8_t> data(w.panel_stride * 3 + 64);
   uint8_t* start = data.data() + (64 - reinterpret_cast<uintptr_t>(data.data()) % 64) % 64;
@@ -150,9 +154,10 @@ void check_rows() {
   std::vector<float> poisoned = x;
   poisoned[97] = INFINITY;
   if (!std::isnan(kNeonKernels.max_finite(poisoned.data(), kCols))) fail("max_finite of infinity");
-  for (const bool is_rotated : {false, true}) {
+  for (const int scale_group : {0, kGroupSize, 2 * kGroupSize}) {  // 0: not rotated
     Matrix w;
-    w.dtype = kInt8, w.is_rotated = is_rotated, w.cols = 96;
+    w.dtype = kInt8, w.is_rotated = scale_group > 0, w.cols = 64;
+    if (scale_group > 0) w.scale_group = scale_group;
     const Inputs neon(kNeonKernels, w, whole, 2), portable(kPortableKernels, w, whole, 2);
     expect_equal(neon.quants, portable.quants, "quantize");
     expect_equal(neon.sums, portable.sums, "quantize's sums");
@@ -220,6 +225,7 @@ int main() {
   check_rows();
   for (const FsDtype dtype : {kFp32, kBf16, kInt8, kInt4}) check_matmul(dtype, false, false);
   for (const FsDtype dtype : {kInt8, kInt4}) check_matmul(dtype, false, true);
+  check_matmul(kInt8, false, true, 2 * kGroupSize);
   check_matmul(kInt4, true, false);
   for (const FsDtype dtype : {kFp32, kBf16, kInt8}) {
     check_attention(dtype, 0);

@@ -19,7 +19,7 @@ from furiosa_llm.workers.artifact.sizes import (
     matrix_nbytes,
 )
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MAGIC = b"FURIOSA1"
 HEADER_NBYTES = 4096
 MANIFEST_NAME = "artifact.json"
@@ -193,7 +193,7 @@ def entry_nbytes(entry: TensorEntry) -> int:
     """The bytes that an entry's dtype and shape take."""
     if entry.dtype == VECTOR:
         return entry.cols * 4
-    return matrix_nbytes(entry.rows, entry.cols, entry.dtype, entry.has_min)
+    return matrix_nbytes(entry.rows, entry.cols, entry.dtype, entry.has_min, entry.rotated)
 
 
 def _id_of(known: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from furiosa_llm.workers.artifact.sizes import (
     PANEL_ROWS,
     cols_multiple,
     panel_nbytes,
+    scale_group,
 )
 
 Bytes = NDArray[np.uint8]
@@ -52,9 +53,9 @@ def pack_matrix(values: NDArray[np.float32], dtype: str, *, rotated: bool = True
         return pack_quantized(quantize(values, dtype, rotated=rotated))
     panels = _in_panels(np.asarray(values, dtype=np.float32))
     if dtype == "fp32":
-        return _join([panels.transpose(0, 2, 1)], cols, dtype)
+        return _join([panels.transpose(0, 2, 1)], panel_nbytes(cols, dtype))
     halves = to_bf16(panels).reshape(len(panels), PANEL_ROWS, cols // 2, 2)
-    return _join([halves.transpose(0, 2, 1, 3)], cols, dtype)
+    return _join([halves.transpose(0, 2, 1, 3)], panel_nbytes(cols, dtype))
 
 
 def pack_quantized(blocks: QuantizedRows) -> Bytes:
@@ -68,7 +69,7 @@ def pack_quantized(blocks: QuantizedRows) -> Bytes:
     parts = [quads, _in_panels(blocks.scales).transpose(0, 2, 1)]
     if blocks.mins is not None:
         parts.append(_in_panels(blocks.mins).transpose(0, 2, 1))
-    return _join(parts, cols, dtype, blocks.mins is not None)
+    return _join(parts, panel_nbytes(cols, dtype, blocks.mins is not None, blocks.rotated))
 
 
 def unpack_quantized(
@@ -80,19 +81,20 @@ def unpack_quantized(
     rotated: bool = False,
 ) -> QuantizedRows:
     """The inverse of `pack_quantized`; new arrays."""
-    groups, num_panels = cols // GROUP, -(-rows // PANEL_ROWS)
+    num_scales = cols // scale_group(cols, dtype, rotated)
+    num_panels = -(-rows // PANEL_ROWS)
     panels = data.reshape(num_panels, -1)
-    data_nbytes = groups * PANEL_ROWS * (GROUP if dtype == "int8" else GROUP // 2)
-    scales_nbytes = groups * PANEL_ROWS * 2
-    quads = panels[:, :data_nbytes].reshape(num_panels, groups, -1, PANEL_ROWS, 4)
+    data_nbytes = PANEL_ROWS * (cols if dtype == "int8" else cols // 2)
+    scales_nbytes = num_scales * PANEL_ROWS * 2
+    quads = panels[:, :data_nbytes].reshape(num_panels, cols // GROUP, -1, PANEL_ROWS, 4)
     if dtype == "int4":
         quads = np.concatenate([quads & 15, quads >> 4], axis=2)
     q = quads.transpose(0, 3, 1, 2, 4).reshape(-1, cols)[:rows]
 
     def halves(start: int) -> NDArray[np.float16]:
         raw = np.ascontiguousarray(panels[:, start : start + scales_nbytes]).view(np.float16)
-        wide = raw.reshape(num_panels, groups, PANEL_ROWS).transpose(0, 2, 1)
-        return wide.reshape(-1, groups)[:rows]
+        wide = raw.reshape(num_panels, num_scales, PANEL_ROWS).transpose(0, 2, 1)
+        return wide.reshape(-1, num_scales)[:rows]
 
     scales = halves(data_nbytes)
     mins = halves(data_nbytes + scales_nbytes) if has_min else None
@@ -132,10 +134,10 @@ def _in_panels(rows: NDArray[Any]) -> NDArray[Any]:
     return rows.reshape(-1, PANEL_ROWS, rows.shape[1])
 
 
-def _join(parts: list[NDArray[Any]], cols: int, dtype: str, has_min: bool = False) -> Bytes:
+def _join(parts: list[NDArray[Any]], panel_size: int) -> Bytes:
     """Panels whose bytes are each part's in turn, padded to the panel's size."""
     num_panels = len(parts[0])
-    packed = np.zeros((num_panels, panel_nbytes(cols, dtype, has_min)), np.uint8)
+    packed = np.zeros((num_panels, panel_size), np.uint8)
     start = 0
     for part in parts:
         raw = np.ascontiguousarray(part).view(np.uint8).reshape(num_panels, -1)

@@ -1,7 +1,8 @@
-"""Matrices as groups of 32 small integers: `int8` and `int4`, the blocks of GGUF's Q8_0 and Q4_0.
+"""Matrices as groups of small integers: `int8` and `int4`.
 
-What we quantise ourselves is rotated before (rotation.py) unless that makes it worse; blocks taken
-over from a file are not.
+Groups of 32 are the blocks of GGUF's Q8_0 and Q4_0. What we quantise ourselves is rotated before
+(rotation.py) unless that makes it worse, and rotated int8 has groups of 64 where rows are whole
+ones; blocks taken over from a file are neither.
 
 Rows are independent and a group never crosses a row, so a matrix may be quantised in slices of
 rows with the same result; that is how the builders keep their memory bounded.
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from furiosa_llm.workers.artifact.rotation import INPUTS_FACTOR, WEIGHTS_FACTOR, hadamard
-from furiosa_llm.workers.artifact.sizes import GROUP
+from furiosa_llm.workers.artifact.sizes import scale_group
 
 # Plain Q4_0 maps the largest value of a group to -8. Letting it fall elsewhere between 7 and 9
 # trades a little clipping of that value for a finer grid under the other 31, which is where most
@@ -31,15 +32,15 @@ _MAX_FLOAT16 = 65504.0
 
 @dataclass(frozen=True, slots=True)
 class QuantizedRows:
-    """Rows of a matrix in groups of 32: w = scale * q, with what `q` is offset by said here.
+    """Rows of a matrix in groups: w = scale * q, with what `q` is offset by said here.
 
     int8: w = scale * q, q int8. int4: q uint8 in 0..15; w = scale * (q - 8), or, where there are
     mins, w = scale * q + min. With `rotated` those w are WEIGHTS_FACTOR * H times the weights.
     """
 
     q: NDArray[np.int8] | NDArray[np.uint8]  # (rows, cols)
-    scales: NDArray[np.float16]  # (rows, cols / 32)
-    mins: NDArray[np.float16] | None = None  # (rows, cols / 32)
+    scales: NDArray[np.float16]  # (rows, groups)
+    mins: NDArray[np.float16] | None = None  # (rows, groups)
     rotated: bool = False
 
     @property
@@ -62,7 +63,7 @@ class QuantizedRows:
         """
         rows, cols = self.q.shape
         scales = self.scales.astype(np.float32)[:, :, None]
-        values = self.q.reshape(rows, cols // GROUP, GROUP).astype(np.float32)
+        values = self.q.reshape(*self.scales.shape, -1).astype(np.float32)
         if self.mins is not None:
             values = values * scales + self.mins.astype(np.float32)[:, :, None]
         elif self.dtype == "int4":
@@ -77,11 +78,11 @@ def quantize(values: NDArray[np.float32], dtype: str, *, rotated: bool = True) -
     """Quantise `values` (rows, cols), cols a multiple of 32, to `int8` or `int4`.
 
     Args:
-        rotated: whether groups are rotated before.
+        rotated: whether runs of 32 are rotated before.
 
     Raises: ValueError for values that are not finite, or so large that a scale is not a float16.
     """
-    groups = _groups_of(values, rotated)
+    groups = _groups_of(values, dtype, rotated)
     quantized = _quantize_int8(groups) if dtype == "int8" else _quantize_int4(groups)
     return replace(quantized, rotated=rotated)
 
@@ -148,9 +149,10 @@ def _quantize_int4(groups: NDArray[np.float32]) -> QuantizedRows:
     return QuantizedRows(q.astype(np.uint8).reshape(len(q), -1), scales)
 
 
-def _groups_of(values: NDArray[np.float32], rotated: bool) -> NDArray[np.float32]:
+def _groups_of(values: NDArray[np.float32], dtype: str, rotated: bool) -> NDArray[np.float32]:
     rows, cols = values.shape
-    assert cols % GROUP == 0, f"{cols} columns are not whole groups of {GROUP}"
+    group = scale_group(cols, dtype, rotated)
+    assert cols % group == 0, f"{cols} columns are not whole groups of {group}"
     if not np.isfinite(values).all():
         raise ValueError("it holds values that are not finite (NaN or infinity)")
     if rotated:
@@ -158,7 +160,7 @@ def _groups_of(values: NDArray[np.float32], rotated: bool) -> NDArray[np.float32
             values = hadamard(values) * WEIGHTS_FACTOR
         if not np.isfinite(values).all():
             raise ValueError("it holds values too large for a scale in float16; use bf16")
-    return values.reshape(rows, cols // GROUP, GROUP)
+    return values.reshape(rows, cols // group, group)
 
 
 def _nearest(

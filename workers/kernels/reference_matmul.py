@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from furiosa_llm.workers.artifact.artifact import Tensor
 from furiosa_llm.workers.artifact.packing import from_bf16, to_bf16, unpack_quantized
 from furiosa_llm.workers.artifact.rotation import INPUTS_FACTOR, hadamard
-from furiosa_llm.workers.artifact.sizes import GROUP
+from furiosa_llm.workers.artifact.sizes import GROUP, scale_group
 from furiosa_llm.workers.executor import Float32, Int32
 
 # One BLAS call multiplies (TILE_ROWS, at most MAX_COLS) by (PANEL_ROWS, the same) transposed. That
@@ -108,11 +108,12 @@ class FloatMatrix:
 
 
 class QuantizedMatrix:
-    """Groups of 32 small integers times activations quantised the same way.
+    """Groups of small integers times activations quantised the same way.
 
     y = sum over the groups, left to right, of (sum of q_w * q_x) * (scale_w * scale_x), and with
     mins also of min_w * (scale_x * sum of q_x); in float32. The inner sums stay below
-    32 * 128 * 127 < 2^24, so float32 holds them exactly and BLAS may add in any order.
+    32 * 128 * 127 and 64 * 128 * 64 < 2^24, so float32 holds them exactly and BLAS may add in any
+    order.
     Where the weights are rotated, x is rotated before it is quantised.
     """
 
@@ -122,10 +123,11 @@ class QuantizedMatrix:
         )
         self._rotated = tensor.rotated
         self._levels = input_levels(tensor)
-        q = blocks.q.reshape(tensor.rows, -1, GROUP).transpose(1, 0, 2).astype(np.float32)
+        self._group = scale_group(tensor.cols, tensor.dtype, tensor.rotated)
+        q = blocks.q.reshape(tensor.rows, -1, self._group).transpose(1, 0, 2).astype(np.float32)
         if blocks.dtype == "int4" and blocks.mins is None:
             q -= 8
-        self._q = np.ascontiguousarray(q)  # (groups, rows, 32)
+        self._q = np.ascontiguousarray(q)  # (groups, rows, group)
         self._scales = _by_group(blocks.scales)  # (groups, rows, 1)
         self._mins = None if blocks.mins is None else _by_group(blocks.mins)
 
@@ -142,7 +144,8 @@ class QuantizedMatrix:
         return hadamard(rows) * INPUTS_FACTOR if self._rotated else rows
 
     def _tile_product(self, x: Float32) -> Float32:
-        q, scales = quantize_activations(hadamard(x) if self._rotated else x, self._levels)
+        rotated = hadamard(x) if self._rotated else x
+        q, scales = quantize_activations(rotated, self._levels, self._group)
         if self._rotated:
             scales *= INPUTS_FACTOR
         dots = np.matmul(self._q, q.transpose(1, 2, 0))  # (groups, rows, n)
@@ -155,17 +158,19 @@ class QuantizedMatrix:
         return np.ascontiguousarray(total.T)
 
 
-def quantize_activations(x: Float32, levels: int = INPUT_LEVELS) -> tuple[Float32, Float32]:
-    """Quantise each row in groups of 32: scale = max|x| / levels, q = x * (levels / max|x|).
+def quantize_activations(
+    x: Float32, levels: int = INPUT_LEVELS, group: int = GROUP
+) -> tuple[Float32, Float32]:
+    """Quantise each row in groups: scale = max|x| / levels, q = x * (levels / max|x|).
 
     Args:
-        x: (n, cols) float32, cols a multiple of 32.
+        x: (n, cols) float32, cols a multiple of `group`.
         levels: see `input_levels`.
-    Returns: q (n, groups, 32), whole numbers of -levels .. levels held as float32 (halves went to
-        even); scales
-        (n, groups) float32, 0 for a group of zeros or of less than LEAST_SCALE.
+        group: see `scale_group`.
+    Returns: q (n, groups, group), whole numbers of -levels .. levels held as float32 (halves went
+        to even); scales (n, groups) float32, 0 for a group of zeros or of less than LEAST_SCALE.
     """
-    groups = x.reshape(len(x), x.shape[1] // GROUP, GROUP)
+    groups = x.reshape(len(x), x.shape[1] // group, group)
     largest = np.abs(groups).max(axis=2)
     scales = largest / np.float32(levels)
     scales[scales < LEAST_SCALE] = 0

@@ -7,6 +7,8 @@
 // Included inside the family's namespace, after attention_kernel.h.
 
 struct AttentionTiles {
+  template <class Kv>
+  static constexpr bool kTakesPieces = false;
   // The scores of the first queries, as many as there are whole tiles of; returns their number.
   static SIMD_INLINE int score(const QueryState& state, int num_queries, int head_dim,
                                const Piece<float>& piece) {

@@ -153,6 +153,9 @@ SIMD_INLINE void for_queries(int query, int num_queries, const Body& body) {
 // How a family scores and adds up tiles of many queries, if it has a way of its own: each returns how
 // many of the first queries it has done.
 struct NoTiles {
+  // Whether whole pieces of this type are the family's, where it `takes` the head_dim.
+  template <class Kv>
+  static constexpr bool kTakesPieces = false;
   static SIMD_INLINE int score(const QueryState&, int, int, const Piece<float>&) { return 0; }
   static SIMD_INLINE int add(const QueryState&, int, int, const Piece<float>&) { return 0; }
 };
@@ -288,6 +291,12 @@ void attend(const AttentionTask& task) {
     merged_totals[query] = 0.0f;
   }
 
+  bool is_tiled = false;
+  if constexpr (Tiles::template kTakesPieces<Kv>) {
+    is_tiled = Tiles::takes(head_dim);
+    if (is_tiled) Tiles::begin(state, num_queries, head_dim, room);
+  }
+
   const int window = task.sliding_window;
   const auto first_seen = [window](int position) {
     return window > 0 && position >= window ? position - window + 1 : 0;
@@ -319,6 +328,12 @@ void attend(const AttentionTask& task) {
       Piece<Kv> piece;
       find_piece(task, base, task_begin > base ? task_begin - base : 0,
                  task_end - base < kPieceSize ? task_end - base : kPieceSize, &piece);
+      if constexpr (Tiles::template kTakesPieces<Kv>) {
+        if (is_tiled) {
+          Tiles::attend(state, num_queries, head_dim, piece, &ahead, visible, room);
+          continue;
+        }
+      }
       if (sizeof(Kv) == 4 || num_queries <= kFewQueries) {
         attend_piece<Tiles>(state, num_queries, head_dim, piece, &ahead, kHasScales, visible);
       } else {
@@ -340,6 +355,9 @@ void attend(const AttentionTask& task) {
     }
   }
   ahead.finish();
+  if constexpr (Tiles::template kTakesPieces<Kv>) {
+    if (is_tiled) Tiles::end();
+  }
   for (int query = 0; is_whole && query < num_queries; ++query) {
     float* out = task.out + query / heads * task.out_stride + query % heads * head_dim;
     divide(out, merged_acc + query * head_dim, merged_totals[query], head_dim);

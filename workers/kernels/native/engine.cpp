@@ -230,7 +230,8 @@ void Engine::gate_up(int num_rows, const LayerWeights& weights) {
   const int width = config_.intermediate_size;
   const Matrix& w = weights.gate_up;
   const bool is_quantized = weights.down.is_quantized();
-  if (width % kGroupSize != 0) {
+  const int group = weights.down.scale_group;
+  if (width % group != 0) {
     matmul(w, buffers_.input, num_rows, {buffers_.wide, int64_t{2} * width, nullptr, false});
     for_rows(num_rows, [&](int row, int) {
       const float* gate = buffers_.wide + int64_t{row} * 2 * width;
@@ -241,9 +242,9 @@ void Engine::gate_up(int num_rows, const LayerWeights& weights) {
   }
   const MatmulKernel kernel = kernels_.matmul[w.dtype];
   const int num_blocks = ceil_div(num_rows, kMaxMatmulRows);
-  const int num_groups = width / kGroupSize;
+  const int num_groups = width / group;
   const int num_stretches = std::max(1, pool_.size() * kItemsPerPe / num_blocks);
-  const int stretch = std::min(ceil_div(num_groups, num_stretches) * kGroupSize, kStretch);
+  const int stretch = std::min(ceil_div(num_groups, num_stretches) * group, kStretch);
   pool_.run(ceil_div(width, stretch) * num_blocks, [&](int item, int pe) {
     const PeScratch& scratch = scratch_[static_cast<size_t>(pe)];
     const int begin = item / num_blocks * stretch, end = std::min(begin + stretch, width);

@@ -90,7 +90,7 @@ class Engine {
   Context context_of(const FsBatch& batch, int layer, const AttentionPart& part) const;
   void merge_parts(const Matrix& next);
   float* states_of(const QueryRun& run, int kv_head) const;
-  bool are_heads_whole_groups() const;
+  bool are_heads_whole_groups(const Matrix& next) const;
   void quantize_heads(const QueryRun& run, int kv_head, const Matrix& next);
   // The row's columns from its values, as `next` wants them.
   void quantize(const Activations& x, const Matrix& next, int row, int col_begin, int col_end);

@@ -95,7 +95,7 @@ void Engine::attend(const FsBatch& batch, int layer) {
     if (run.num_parts == 1) quantize_heads(run, part.kv_head, next);
   });
   if (is_shared_out_) merge_parts(next);
-  if (!are_heads_whole_groups() && next.rounds_inputs()) {
+  if (!are_heads_whole_groups(next) && next.rounds_inputs()) {
     for_rows(batch.num_tokens, [&](int row, int) {
       quantize(buffers_.input, next, row, 0, q_size_);
     });
@@ -189,12 +189,12 @@ void Engine::merge_parts(const Matrix& next) {
   });
 }
 
-bool Engine::are_heads_whole_groups() const {
-  return q_size_ / config_.num_kv_heads % kGroupSize == 0;
+bool Engine::are_heads_whole_groups(const Matrix& next) const {
+  return q_size_ / config_.num_kv_heads % next.scale_group == 0;
 }
 
 void Engine::quantize_heads(const QueryRun& run, int kv_head, const Matrix& next) {
-  if (!next.rounds_inputs() || !are_heads_whole_groups()) return;
+  if (!next.rounds_inputs() || !are_heads_whole_groups(next)) return;
   const int width = q_size_ / config_.num_kv_heads;
   for (int token = run.first_token; token < run.first_token + run.num_tokens; ++token) {
     quantize(buffers_.input, next, token, kv_head * width, (kv_head + 1) * width);

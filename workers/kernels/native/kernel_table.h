@@ -20,14 +20,15 @@ struct Activations {
   float* values;       // (rows, cols)
   uint16_t* halves;    // (rows rounded up to 16, cols): values as bfloat16
   int8_t* quants;      // (rows, cols): values / scale, rounded half to even
-  float* scales;       // (rows, cols/32): what a quant of the group stands for
-  int32_t* sums;       // (rows, cols/32): sum of the group's quants
-  float* scaled_sums;  // (rows, cols/32): scale * sum
-  // (rows, cols/32): what undoes the offset that makes weights unsigned. For int8, -128 * sum. For
+  // Of as many inputs as share a scale, Matrix::scale_group: (rows, Matrix::num_scales) each.
+  float* scales;       // what a quant stands for
+  int32_t* sums;       // sum of the quants
+  float* scaled_sums;  // scale * sum
+  // What undoes the offset that makes weights unsigned. For int8, -128 * sum. For
   // int4, two int16: -8 * (sum of the quants at index % 4 < 2) in the low half, the other quants'
   // in the high half.
   int32_t* offsets;
-  // For the AMX family: (rows/16, cols/32, 16) of quants (of 32 each), scales and scaled sums.
+  // For the AMX family: (rows/16, num_scales, 16) of quants (scale_group each), scales and scaled sums.
   int8_t* tile_quants;
   float *tile_scales, *tile_scaled_sums;
 };
@@ -110,7 +111,8 @@ struct AttentionTask {
 };
 
 constexpr int64_t attention_scratch_floats(int head_dim) {
-  return int64_t{kMaxQueries} * (3 * head_dim + kPieceSize + 8) + 2 * kPieceSize * head_dim;
+  return int64_t{kMaxQueries} * (3 * head_dim + kPieceSize + 8) + 2 * kPieceSize * head_dim +
+         kMaxQueries * kPieceSize / 2;
 }
 
 struct KernelTable {
@@ -121,7 +123,7 @@ struct KernelTable {
   void (*rms_norm)(float* y, const float* x, const float* weight, int cols, float eps);
   // Rounds one row's inputs as `weights` wants them, which are not fp32: fills the fields that they
   // read, columns [col_begin, col_end), from `values`, which may be x's own. Quantised: both at
-  // multiples of 32.
+  // multiples of weights.scale_group.
   void (*quantize)(const float* values, const Activations& x, const Matrix& weights, int row,
                    int col_begin, int col_end);
   void (*swiglu)(float* y, const float* gate, const float* up, int n);

@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "fetch_ahead.h"
 #include "kernel_table.h"
 #include "panel_fetch.h"
 #include "target.h"
@@ -35,9 +36,21 @@ namespace amx {
 
 #include "row_kernels.h"
 
+#include "attention_kernel.h"
+
 #include "matmul_avx512.h"
 
+#if defined(FS_EMULATE_ISA)
+using AttentionTiles = NoTiles;
+constexpr auto quantize16 = quantize;
+#else
+#include "attention_avx512.h"
+#include "row_kernels_avx512.h"
+#endif
+
 #include "matmul_amx.h"
+
+#include "attention_amx.h"
 
 }  // namespace amx
 }  // namespace furiosa
@@ -76,6 +89,7 @@ KernelTable amx_kernels() {
   table.matmul[kInt8] = amx::matmul_amx_int8;
   table.matmul[kInt4] = amx::matmul_amx_int4;
   table.quantize = amx::quantize_amx;
+  table.attention = amx::attention<amx::TileAttention>;
   return table;
 }
 

@@ -1,6 +1,6 @@
-// The AVX-512 kernel family, for CPUs with VNNI. Products and the attention of many queries
-// use 16 lanes; the other kernels are those of the AVX2 family, compiled once more with 32
-// registers to keep values in.
+// The AVX-512 kernel family, for CPUs with VNNI. Products, the attention of many queries, quantising
+// and SwiGLU use 16 lanes; the other kernels are those of the AVX2 family, compiled once more with
+// 32 registers to keep values in.
 #if defined(__x86_64__)
 
 #if !defined(__clang__)
@@ -41,8 +41,11 @@ namespace avx512 {
 
 #if defined(FS_EMULATE_ISA)  // without what is the same bits as the AVX2 family's anyway
 using AttentionTiles = NoTiles;
+constexpr auto quantize16 = quantize;
+constexpr auto swiglu16 = swiglu;
 #else
 #include "attention_avx512.h"
+#include "row_kernels_avx512.h"
 #endif
 
 }  // namespace avx512
@@ -73,8 +76,8 @@ const KernelTable kAvx512Kernels = {
     is_avx512_supported,
     {avx512::matmul16_fp32, avx512::matmul16_bf16, avx512::matmul16_int8, avx512::matmul16_int4},
     avx512::rms_norm,
-    avx512::quantize,
-    avx512::swiglu,
+    avx512::quantize16,
+    avx512::swiglu16,
     avx512::rotate,
     avx512::bf16_from_float,
     avx512::quantize_head,

@@ -76,18 +76,18 @@ SIMD_INLINE int32_t sum_of_output(const I4* sums, int r) {
 
 // Two products of bytes (at most 128 * 127 each) fit 16 bits; more are added in 32.
 void dot_int8(float* acc, const uint8_t* panel, const Matrix& w, const Activations& x, int row) {
-  const int groups = w.num_groups();
+  const int num_scales = w.num_scales();
   const uint16_t* scales = reinterpret_cast<const uint16_t*>(panel + w.cols * kPanelRows);
   const int8_t* inputs = x.quants + static_cast<int64_t>(row) * w.cols;
-  for (int g = 0; g < groups; ++g) {
+  for (int g = 0; g < num_scales; ++g) {
     I4 sums[8] = {};
-    for (int quad = 0; quad < 8; quad += 2, panel += 128, inputs += 8) {
+    for (int quad = 0; quad < w.scale_group / 4; quad += 2, panel += 128, inputs += 8) {
       const Words8 first = quad_twice(inputs), second = quad_twice(inputs + 4);
       for (int v = 0; v < 8; ++v) {
         sums[v] += add_pairs(widen(panel + 8 * v) * first + widen(panel + 64 + 8 * v) * second);
       }
     }
-    const float input_scale = x.scales[static_cast<int64_t>(row) * groups + g];
+    const float input_scale = x.scales[static_cast<int64_t>(row) * num_scales + g];
     for (int r = 0; r < kPanelRows; ++r) {
       const float scale = float_from_half(scales[g * kPanelRows + r]);
       acc[r] += static_cast<float>(sum_of_output(sums, r)) * (input_scale * scale);

@@ -1,10 +1,10 @@
 // Matrix products of the AMX family: blocks of 16 rows by one panel in tiles.
 //
-// int8 and int4: a group is one tile product of 16 rows x 32 inputs by 32 inputs x 16 outputs, which
-// a panel's int8 data are as they lie. The sums are the integers that vpdpbusd gives, and the
-// floating-point part is the AVX-512 family's, so that fewer than 16 rows, and the rows that are
-// left over, go through its kernels with the same bits. Half a tile's depth stays empty: a group has
-// a scale of its own.
+// int8 and int4: the inputs that share a scale are one tile product of 16 rows x 32 or 64 inputs by so
+// many inputs x 16 outputs, which a panel's int8 data are as they lie. The sums are the integers that
+// vpdpbusd gives, and the floating-point part is the AVX-512 family's, so that fewer than 16 rows, and
+// the rows that are left over, go through its kernels with the same bits. 64 fill a tile; with 32, half
+// of it stays empty.
 //
 // bf16: the tiles sum over all inputs in their own order: over 32 inputs the even and the odd ones,
 // then the two, then onto the sum; inputs past a multiple of 32 follow from left to right, each one
@@ -16,7 +16,7 @@ constexpr int kTileRows = 16;
 // A panel as the tiles take it.
 struct TilePanel {
   const int8_t* values;           // (cols/32, 8, 16, 4)
-  const uint16_t *scales, *mins;  // (cols/32, 16); mins: null without
+  const uint16_t *scales, *mins;  // (scales of a row, 16); mins: null without
 };
 
 // Sums of a group's products for 16 rows, scaled, onto `acc`. scales, sums: the rows' inputs'.
@@ -37,34 +37,52 @@ SIMD_INLINE void add_group(__m512 (&acc)[kTileRows], const int32_t* dots, const 
 }
 
 // Tiles 0 and 1: sums; 4 and 5: inputs; 6 and 7: weights; each for every other product.
-constexpr TileConfig kInt8Tiles = {
-    1, 0, {}, {64, 64, 0, 0, 32, 32, 64, 64}, {kTileRows, kTileRows, 0, 0, kTileRows, kTileRows, 8, 8}};
+constexpr TileConfig int8_tiles(int num_inputs) {
+  TileConfig config = {1, 0, {}, {64, 64, 0, 0, 0, 0, 64, 64}, {}};
+  for (const int tile : {0, 1, 4, 5}) config.rows[tile] = kTileRows;
+  config.row_nbytes[4] = config.row_nbytes[5] = static_cast<uint16_t>(num_inputs);
+  config.rows[6] = config.rows[7] = static_cast<uint8_t>(num_inputs / 4);
+  return config;
+}
 
-// The products of some blocks of 16 rows with a panel, group by group. They go through three stages,
+// The products of some blocks of 16 rows with a panel, `Inputs` of the inputs at a time. They go through three stages,
 // one a turn, so that none waits for another: tiles are loaded, multiplied, stored.
+template <int Inputs>
 class TileProducts {
  public:
   // What was stored is in the cache, and loads fast, two turns later: kStages after it was begun.
   static constexpr int kStages = 4;
 
-  TileProducts(const int8_t* inputs, const int8_t* weights, int groups, int num_products,
-               const PanelFetch& fetch)
-      : inputs_(inputs), weights_(weights), groups_(groups), num_products_(num_products), fetch_(fetch) {}
+  // What tiles store. Not within the object: what the compiler sees handed to assembly it cannot keep
+  // in registers.
+  struct alignas(64) Dots {
+    int32_t of[kStages][kTileRows * kPanelRows];
+  };
+
+  // per_block: products of a block; num_products: of all of them.
+  TileProducts(const int8_t* inputs, const int8_t* weights, int per_block, int num_products,
+               const PanelFetch& fetch, Dots& dots)
+      : dots_(dots.of[0]),
+        inputs_(inputs),
+        weights_(weights),
+        per_block_(per_block),
+        num_products_(num_products),
+        fetch_(fetch) {}
 
   SIMD_INLINE void turn() {
     const bool is_odd = (turn_ & 1) != 0;
     if (turn_ < num_products_) {
-      fetch_.advance();
-      const int8_t* weights = weights_ + group_ * 512;
+      fetch_.template advance<2>();  // few panels fit into the first-level cache beside the rest
+      const int8_t* weights = weights_ + place_in_block_ * Inputs * kPanelRows;
       if (is_odd) {
-        TILE_LOAD(5, inputs_, kGroupSize);
+        TILE_LOAD(5, inputs_, Inputs);
         TILE_LOAD(7, weights, 64);
       } else {
-        TILE_LOAD(4, inputs_, kGroupSize);
+        TILE_LOAD(4, inputs_, Inputs);
         TILE_LOAD(6, weights, 64);
       }
-      inputs_ += kTileRows * kGroupSize;
-      if (++group_ == groups_) group_ = 0;
+      inputs_ += kTileRows * Inputs;
+      if (++place_in_block_ == per_block_) place_in_block_ = 0;
     }
     if (turn_ - 1 >= 0 && turn_ - 1 < num_products_) {
       if (is_odd) {
@@ -76,7 +94,7 @@ class TileProducts {
       }
     }
     if (turn_ - 2 >= 0 && turn_ - 2 < num_products_) {
-      int32_t* place = dots_[turn_ % kStages];
+      int32_t* place = dots_ + turn_ % kStages * kTileRows * kPanelRows;
       if (is_odd) {
         TILE_STORE(1, place, 64);
       } else {
@@ -87,31 +105,34 @@ class TileProducts {
   }
 
   // Of the product begun kStages turns before the latest: (16 rows, 16 outputs).
-  SIMD_INLINE const int32_t* dots() const { return dots_[(turn_ - 1 + 2) % kStages]; }
+  SIMD_INLINE const int32_t* dots() const {
+    return dots_ + (turn_ - 1 + 2) % kStages * kTileRows * kPanelRows;
+  }
 
  private:
-  alignas(64) int32_t dots_[kStages][kTileRows * kPanelRows];
+  int32_t* dots_;
   const int8_t *inputs_, *weights_;
-  int groups_, num_products_, turn_ = 0, group_ = 0;
+  int per_block_, num_products_, turn_ = 0, place_in_block_ = 0;
   PanelFetch fetch_;
 };
 
 // All blocks of 16 rows from `row` to `row_end`, the last one perhaps in part, times a panel.
-template <bool HasMin>
+template <bool HasMin, int Inputs>
 void multiply_blocks(const Matrix& w, int panel, const TilePanel& data, const Activations& x,
                      int row, int row_end, const Output& out) {
-  const int groups = w.num_groups();
-  const int num_products = (row_end - row + kTileRows - 1) / kTileRows * groups;
-  const int64_t first = int64_t{row / kTileRows} * groups * kTileRows;  // of the inputs' groups
+  const int num_scales = w.num_scales();
+  const int num_products = (row_end - row + kTileRows - 1) / kTileRows * num_scales;
+  const int64_t first = int64_t{row / kTileRows} * num_scales * kTileRows;
   const float *scales = x.tile_scales + first, *sums = x.tile_scaled_sums + first;
-  TileProducts products(x.tile_quants + first * kGroupSize, data.values, groups, num_products,
-                        PanelFetch(w, panel + 1, 1, num_products));
-  for (int i = 0; i < TileProducts::kStages; ++i) products.turn();
+  typename TileProducts<Inputs>::Dots dots;
+  TileProducts<Inputs> products(x.tile_quants + first * Inputs, data.values, num_scales,
+                                num_products, PanelFetch(w, panel + 1, 1, num_products), dots);
+  for (int i = 0; i < products.kStages; ++i) products.turn();
   for (; row < row_end; row += kTileRows) {
     __m512 acc[kTileRows];
 #pragma GCC unroll 16
     for (int m = 0; m < kTileRows; ++m) acc[m] = splat16(0.0f);
-    for (int g = 0; g < groups; ++g, scales += kTileRows, sums += kTileRows) {
+    for (int g = 0; g < num_scales; ++g, scales += kTileRows, sums += kTileRows) {
       products.turn();
       add_group<HasMin>(acc, products.dots(), data, g, scales, sums);
     }
@@ -127,30 +148,40 @@ void multiply_blocks(const Matrix& w, int panel, const TilePanel& data, const Ac
 constexpr int kMinLeftOver = 6;
 
 // `Few` multiplies fewer than 16 rows without tiles.
-template <bool HasMin, template <int> class Few>
+template <bool HasMin, int Inputs, template <int> class Few>
 SIMD_INLINE void tile_panel(const Matrix& w, int panel, const TilePanel& data, const Activations& x,
                             int row_begin, int row_end, const Output& out) {
   const int left_over = (row_end - row_begin) % kTileRows;
   const int tiles_end = left_over < kMinLeftOver ? row_end - left_over : row_end;
-  multiply_blocks<HasMin>(w, panel, data, x, row_begin, tiles_end, out);
+  multiply_blocks<HasMin, Inputs>(w, panel, data, x, row_begin, tiles_end, out);
   run_panel16<Few>(w, panel, x, tiles_end, row_end, out);
+}
+
+template <int Inputs, template <int> class Few>
+void multiply_int8(const Matrix& w, int panel_begin, int panel_end, const Activations& x,
+                   int row_begin, int row_end, const Output& out) {
+  static constexpr TileConfig config = int8_tiles(Inputs);
+  load_tile_config(config);
+  for (int panel = panel_begin; panel < panel_end; ++panel) {
+    TilePanel data;
+    data.values = reinterpret_cast<const int8_t*>(w.panel(panel));
+    data.scales = reinterpret_cast<const uint16_t*>(data.values + w.cols * kPanelRows);
+    data.mins = nullptr;
+    tile_panel<false, Inputs, Few>(w, panel, data, x, row_begin, row_end, out);
+  }
+  release_tiles();
 }
 
 void matmul_amx_int8(const Matrix& w, int panel_begin, int panel_end, const Activations& x,
                      int row_begin, int row_end, const Output& out, void* scratch) {
   if (row_end - row_begin < kTileRows) {
     matmul16_int8(w, panel_begin, panel_end, x, row_begin, row_end, out, scratch);
-    return;
+  } else if (w.scale_group == kGroupSize) {
+    multiply_int8<kGroupSize, Tile16Int8>(w, panel_begin, panel_end, x, row_begin, row_end, out);
+  } else {
+    multiply_int8<2 * kGroupSize, Tile16Int8Pairs>(w, panel_begin, panel_end, x, row_begin, row_end,
+                                                   out);
   }
-  load_tile_config(kInt8Tiles);
-  for (int panel = panel_begin; panel < panel_end; ++panel) {
-    TilePanel data;
-    data.values = reinterpret_cast<const int8_t*>(w.panel(panel));
-    data.scales = reinterpret_cast<const uint16_t*>(data.values + w.cols * kPanelRows);
-    data.mins = nullptr;
-    tile_panel<false, Tile16Int8>(w, panel, data, x, row_begin, row_end, out);
-  }
-  release_tiles();
 }
 
 // Nibbles as the signed bytes that they stand for: 0 to 15 with mins, -8 to 7 without.
@@ -175,7 +206,8 @@ void matmul_amx_int4(const Matrix& w, int panel_begin, int panel_end, const Acti
     return;
   }
   int8_t* values = static_cast<int8_t*>(scratch);
-  load_tile_config(kInt8Tiles);
+  static constexpr TileConfig config = int8_tiles(kGroupSize);
+  load_tile_config(config);
   for (int panel = panel_begin; panel < panel_end; ++panel) {
     const uint8_t* packed = w.panel(panel);
     unpack_nibbles(values, packed, w.num_groups(), w.has_min);
@@ -184,9 +216,9 @@ void matmul_amx_int4(const Matrix& w, int panel_begin, int panel_end, const Acti
     data.scales = reinterpret_cast<const uint16_t*>(packed + w.cols * kPanelRows / 2);
     data.mins = data.scales + w.num_groups() * kPanelRows;
     if (w.has_min) {
-      tile_panel<true, Tile16Int4Min>(w, panel, data, x, row_begin, row_end, out);
+      tile_panel<true, kGroupSize, Tile16Int4Min>(w, panel, data, x, row_begin, row_end, out);
     } else {
-      tile_panel<false, Tile16Int4Plain>(w, panel, data, x, row_begin, row_end, out);
+      tile_panel<false, kGroupSize, Tile16Int4Plain>(w, panel, data, x, row_begin, row_end, out);
     }
   }
   release_tiles();
@@ -224,7 +256,7 @@ SIMD_INLINE void multiply_tiles(float* sums, const uint16_t* inputs, int64_t blo
   if (Blocks == 2) TILE_ZERO(2);
   if (Blocks * Panels == 4) TILE_ZERO(3);
   for (int64_t place = 0; place < int64_t{num_tiles} * kTileHalves; place += kTileHalves) {
-    fetch.advance();
+    fetch.template advance<2>();
     TILE_LOAD(4, inputs + place, 64);
     TILE_LOAD(6, weights[0] + place, 64);
     if (Blocks == 2) TILE_LOAD(5, inputs + block_stride + place, 64);
@@ -312,12 +344,13 @@ SIMD_INLINE __m512i bf16_from_floats(__m512 first, __m512 second) {
 void quantize_amx(const float* values, const Activations& x, const Matrix& weights, int row,
                   int col_begin, int col_end) {
   if (weights.is_quantized()) {
-    quantize(values, x, weights, row, col_begin, col_end);
-    const int groups = x.cols / kGroupSize;
-    const int64_t first = int64_t{row} * groups;
-    for (int g = col_begin / kGroupSize; g < col_end / kGroupSize; ++g) {
-      const int64_t place = (int64_t{row / kTileRows} * groups + g) * kTileRows + row % kTileRows;
-      std::memcpy(x.tile_quants + place * kGroupSize, x.quants + (first + g) * kGroupSize, kGroupSize);
+    quantize16(values, x, weights, row, col_begin, col_end);
+    const int group = weights.scale_group, num_scales = x.cols / group;
+    const int64_t first = int64_t{row} * num_scales;
+    for (int g = col_begin / group; g < col_end / group; ++g) {
+      const int64_t place = (int64_t{row / kTileRows} * num_scales + g) * kTileRows + row % kTileRows;
+      std::memcpy(x.tile_quants + place * group, x.quants + (first + g) * group,
+                  static_cast<size_t>(group));
       x.tile_scales[place] = x.scales[first + g];
       x.tile_scaled_sums[place] = x.scaled_sums[first + g];
     }

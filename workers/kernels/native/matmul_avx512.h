@@ -229,32 +229,39 @@ struct Tile16Bf16Dot {
 #endif
 
 // vpdpbusd multiplies unsigned by signed bytes: the weights go in as w + 128, and the sum starts at
-// -128 times the sum of the inputs (Activations::offsets).
-template <int Rows>
-struct Tile16Int8 {
+// -128 times the sum of the inputs (Activations::offsets). One or two groups share a scale.
+template <int Rows, int Groups>
+struct Tile16Int8Groups {
   static SIMD_INLINE void run(__m512 (&acc)[Rows], const uint8_t* panel, const Matrix& w,
                               const Activations& x, int row, PanelFetch& fetch) {
-    const int groups = w.num_groups();
-    const int64_t first = int64_t{row} * groups;
+    const int num_scales = w.num_scales();
+    const int64_t first = int64_t{row} * num_scales;
     const uint16_t* scales = reinterpret_cast<const uint16_t*>(panel + w.cols * kPanelRows);
-    TileRows quants(x.quants + first * kGroupSize, w.cols);
-    TileRows input_scales(x.scales + first, groups), offsets(x.offsets + first, groups);
+    TileRows quants(x.quants + int64_t{row} * w.cols, w.cols);
+    TileRows input_scales(x.scales + first, num_scales), offsets(x.offsets + first, num_scales);
     const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
-    for (int g = 0; g < groups; ++g, panel += 512, scales += kPanelRows) {
-      fetch.advance();
+    for (int g = 0; g < num_scales; ++g, scales += kPanelRows) {
       __m512i dot[Rows];
       unrolled<Rows>([&](auto m) __attribute__((always_inline)) {
         dot[m.value] = splat_int<m.value>(offsets);
       });
-      unrolled<8>([&](auto quad) __attribute__((always_inline)) {
-        const __m512i weights = _mm512_xor_si512(load_quad(panel + quad.value * 64), sign);
-        dot_quads<Rows, quad.value * 4>(dot, weights, quants);
-      });
+      for (int i = 0; i < Groups; ++i, panel += 512, quants.advance(kGroupSize)) {
+        fetch.advance();
+        unrolled<8>([&](auto quad) __attribute__((always_inline)) {
+          const __m512i weights = _mm512_xor_si512(load_quad(panel + quad.value * 64), sign);
+          dot_quads<Rows, quad.value * 4>(dot, weights, quants);
+        });
+      }
       add_scaled<Rows>(acc, dot, load16_half(scales), input_scales);
-      quants.advance(kGroupSize), input_scales.advance(4), offsets.advance(4);
+      input_scales.advance(4), offsets.advance(4);
     }
   }
 };
+
+template <int Rows>
+using Tile16Int8 = Tile16Int8Groups<Rows, 1>;
+template <int Rows>
+using Tile16Int8Pairs = Tile16Int8Groups<Rows, 2>;
 
 // Nibbles are unsigned as they are; without mins they stand for the value 8 lower.
 template <int Rows, bool HasMin>
@@ -341,7 +348,13 @@ void matmul16(const Matrix& w, int panel_begin, int panel_end, const Activations
 }
 
 constexpr MatmulKernel matmul16_fp32 = matmul16<Tile16Fp32>;
-constexpr MatmulKernel matmul16_int8 = matmul16<Tile16Int8>;
+
+void matmul16_int8(const Matrix& w, int panel_begin, int panel_end, const Activations& x,
+                   int row_begin, int row_end, const Output& out, void* scratch) {
+  const MatmulKernel kernel =
+      w.scale_group == kGroupSize ? matmul16<Tile16Int8> : matmul16<Tile16Int8Pairs>;
+  kernel(w, panel_begin, panel_end, x, row_begin, row_end, out, scratch);
+}
 
 void matmul16_bf16(const Matrix& w, int panel_begin, int panel_end, const Activations& x,
                    int row_begin, int row_end, const Output& out, void* scratch) {

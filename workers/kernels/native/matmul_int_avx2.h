@@ -39,6 +39,7 @@ struct alignas(64) NibbleGroup {
 
 struct PackedInt8 {
   static constexpr bool kHasMin = false;
+  static constexpr int kInputs = kGroupSize;
   const uint8_t* panel;
   const uint16_t* scales;
 
@@ -60,21 +61,33 @@ struct PackedInt8 {
   static SIMD_INLINE F8 value(__m256i dot) { return _mm256_cvtepi32_ps(dot); }
 };
 
-// Rotated weights, whose inputs are at most 64: however many rows, the panel as it is packed.
+// Rotated weights, whose inputs are at most 64: however many rows, the panel as it is packed. One or
+// two groups share a scale, and count as one.
+template <int Groups>
 struct RotatedInt8 : PackedInt8 {
+  static constexpr int kInputs = Groups * kGroupSize;
   using PackedInt8::PackedInt8;
+  SIMD_INLINE Group group(int g) const {
+    Group group = PackedInt8::group(g);
+    group.weights = panel + g * Groups * 512;
+    return group;
+  }
   SIMD_INLINE void start(__m256i (&dot)[2], int, const Activations& x, int64_t index) const {
     dot[0] = dot[1] = _mm256_set1_epi32(x.offsets[index]);
   }
   template <int Rows>
   SIMD_INLINE void add(__m256i (&dot)[Rows][2], const Group& group, const Activations& x,
                        int64_t index) const {
-    dot_offset_int8<Rows>(dot, group.weights, x.quants + index * kGroupSize, x.cols);
+    for (int i = 0; i < Groups; ++i) {
+      const int8_t* quants = x.quants + index * kInputs + i * kGroupSize;
+      dot_offset_int8<Rows>(dot, group.weights + i * 512, quants, x.cols);
+    }
   }
 };
 
 struct SplitInt8 {
   static constexpr bool kHasMin = false;
+  static constexpr int kInputs = kGroupSize;
   const SplitGroup* groups;
 
   SIMD_INLINE Group group(int g) const {
@@ -106,6 +119,7 @@ SIMD_INLINE F8 value_of_nibbles(__m256i dot) {
 template <bool HasMin>
 struct PackedInt4 {
   static constexpr bool kHasMin = HasMin;
+  static constexpr int kInputs = kGroupSize;
   const uint8_t* panel;
   const uint16_t *scales, *mins;
 
@@ -133,6 +147,7 @@ struct PackedInt4 {
 template <bool HasMin>
 struct Nibbles {
   static constexpr bool kHasMin = HasMin;
+  static constexpr int kInputs = kGroupSize;
   const NibbleGroup* groups;
 
   SIMD_INLINE Group group(int g) const {
@@ -157,7 +172,7 @@ struct Nibbles {
 template <int Rows, class Weights>
 SIMD_INLINE void add_groups(float* sums, const Weights& weights, int count, int first_group,
                             const Activations& x, int row, PanelFetch& fetch) {
-  const int64_t num_groups = x.cols / kGroupSize;
+  const int64_t num_groups = x.cols / Weights::kInputs;
   const int64_t first = row * num_groups + first_group;
   for (int g = 0; g < count; ++g) {
     fetch.advance();
@@ -206,7 +221,7 @@ SIMD_INLINE void store_rows(const float* sums, const Matrix& w, int panel, int r
 }
 
 SIMD_INLINE PanelFetch fetch_next(const Matrix& w, int panel, int num_rows) {
-  return PanelFetch(w, panel + 1, 1, int64_t{(num_rows + 3) / 4} * w.num_groups());
+  return PanelFetch(w, panel + 1, 1, int64_t{(num_rows + 3) / 4} * w.num_scales());
 }
 
 // A panel as it is packed; `scratch` holds the sums.
@@ -216,7 +231,7 @@ SIMD_INLINE void multiply_packed(const Matrix& w, int panel, const Activations& 
   float* sums = static_cast<float*>(scratch);
   std::memset(sums, 0, static_cast<size_t>(row_end - row_begin) * kPanelRows * sizeof(float));
   PanelFetch fetch = fetch_next(w, panel, row_end - row_begin);
-  add_groups(sums, Weights(w, w.panel(panel)), w.num_groups(), 0, x, row_begin, row_end, fetch);
+  add_groups(sums, Weights(w, w.panel(panel)), w.num_scales(), 0, x, row_begin, row_end, fetch);
   store_rows(sums, w, panel, row_begin, row_end, out);
 }
 
@@ -276,7 +291,11 @@ SIMD_INLINE void unpack_int4(NibbleGroup& to, const Group& from) {
 void matmul_rotated_int8(const Matrix& w, int panel_begin, int panel_end, const Activations& x,
                          int row_begin, int row_end, const Output& out, void* scratch) {
   for (int panel = panel_begin; panel < panel_end; ++panel) {
-    multiply_packed<RotatedInt8>(w, panel, x, row_begin, row_end, out, scratch);
+    if (w.scale_group == kGroupSize) {
+      multiply_packed<RotatedInt8<1>>(w, panel, x, row_begin, row_end, out, scratch);
+    } else {
+      multiply_packed<RotatedInt8<2>>(w, panel, x, row_begin, row_end, out, scratch);
+    }
   }
 }
 

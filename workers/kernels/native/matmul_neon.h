@@ -90,13 +90,13 @@ template <int Rows>
 struct NeonInt8 {
   static SIMD_INLINE void run(NeonTile<Rows>& acc, const uint8_t* panel, const Matrix& w,
                               const Activations& x, int row) {
-    const int groups = w.num_groups();
+    const int num_scales = w.num_scales();
     const uint16_t* scales = reinterpret_cast<const uint16_t*>(panel + w.cols * kPanelRows);
     const int8_t* quants = x.quants + static_cast<int64_t>(row) * w.cols;
-    const float* input_scales = x.scales + static_cast<int64_t>(row) * groups;
-    for (int g = 0; g < groups; ++g, scales += kPanelRows, quants += kGroupSize) {
+    const float* input_scales = x.scales + static_cast<int64_t>(row) * num_scales;
+    for (int g = 0; g < num_scales; ++g, scales += kPanelRows, quants += w.scale_group) {
       int32x4_t dots[Rows][kQuarters] = {};
-      for (int quad = 0; quad < 8; ++quad, panel += 64) {
+      for (int quad = 0; quad < w.scale_group / 4; ++quad, panel += 64) {
         const int8x16x4_t weights = vld1q_s8_x4(reinterpret_cast<const int8_t*>(panel));
         for (int m = 0; m < Rows; ++m) {
           const int8x16_t input = splat_quad(quants + static_cast<int64_t>(m) * w.cols + quad * 4);
@@ -106,7 +106,7 @@ struct NeonInt8 {
         }
       }
       for (int m = 0; m < Rows; ++m) {
-        add_scaled(acc[m], dots[m], scales, input_scales[static_cast<int64_t>(m) * groups + g]);
+        add_scaled(acc[m], dots[m], scales, input_scales[static_cast<int64_t>(m) * num_scales + g]);
       }
     }
   }

@@ -39,13 +39,20 @@ void rotate_back(float* row, int cols) {
   for (int i = 0; i < cols; ++i) row[i] *= 0.125f;
 }
 
+// See workers/artifact/sizes.py.
+int scale_group_of(const FsTensor& tensor) {
+  const bool has_pairs = tensor.dtype == kInt8 && tensor.rotated && tensor.cols % (2 * kGroupSize) == 0;
+  return has_pairs ? 2 * kGroupSize : kGroupSize;
+}
+
 size_t panel_bytes(const FsTensor& tensor) {
-  const size_t cols = static_cast<size_t>(tensor.cols), groups = cols / kGroupSize;
+  const size_t cols = static_cast<size_t>(tensor.cols);
+  const size_t num_scales = cols / static_cast<size_t>(scale_group_of(tensor));
   switch (tensor.dtype) {
     case kFp32: return cols * kPanelRows * 4;
     case kBf16: return cols * kPanelRows * 2;
-    case kInt8: return cols * kPanelRows + groups * kPanelRows * 2;
-    default: return cols * kPanelRows / 2 + groups * kPanelRows * (tensor.has_min ? 4 : 2);
+    case kInt8: return cols * kPanelRows + num_scales * kPanelRows * 2;
+    default: return cols * kPanelRows / 2 + num_scales * kPanelRows * (tensor.has_min ? 4 : 2);
   }
 }
 
@@ -67,6 +74,7 @@ Matrix matrix_from(const FsTensor& tensor, const char* name, int rows, int cols)
   matrix.dtype = static_cast<FsDtype>(tensor.dtype);
   matrix.has_min = tensor.has_min != 0;
   matrix.is_rotated = tensor.rotated != 0;
+  matrix.scale_group = scale_group_of(tensor);
   matrix.rows = rows;
   matrix.cols = cols;
   matrix.num_panels = (rows + kPanelRows - 1) / kPanelRows;
@@ -123,7 +131,8 @@ void unpack_row(const Matrix& matrix, int row, float* out) noexcept {
     case kInt8: {
       const uint16_t* scales = reinterpret_cast<const uint16_t*>(panel + cols * kPanelRows);
       for (int g = 0; g < groups; ++g) {
-        const float scale = float_from_half(scales[g * kPanelRows + lane]);
+        const int index = g * kGroupSize / matrix.scale_group;
+        const float scale = float_from_half(scales[index * kPanelRows + lane]);
         for (int i = 0; i < kGroupSize; ++i) {
           const uint8_t byte = panel[g * 512 + i / 4 * 64 + lane * 4 + i % 4];
           out[g * kGroupSize + i] = scale * static_cast<float>(static_cast<int8_t>(byte));

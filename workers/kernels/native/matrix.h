@@ -9,7 +9,7 @@
 namespace furiosa {
 
 constexpr int kPanelRows = 16;
-constexpr int kGroupSize = 32;  // inputs that share a scale, in int8 and int4
+constexpr int kGroupSize = 32;  // inputs that are packed together, in int8 and int4
 
 struct Matrix {
   const uint8_t* data = nullptr;
@@ -18,6 +18,7 @@ struct Matrix {
   bool is_rotated = false;  // groups of 32 went through a Walsh-Hadamard transform; so must inputs
   int rows = 0, cols = 0;
   int num_panels = 0;
+  int scale_group = kGroupSize;  // inputs that share a scale: one group, or two neighbouring ones
   size_t panel_stride = 0;  // bytes from one panel to the next
 
   const uint8_t* panel(int index) const { return data + panel_stride * static_cast<size_t>(index); }
@@ -25,6 +26,7 @@ struct Matrix {
   // Products with bf16 weights take bf16 inputs, as the instructions for them do.
   bool rounds_inputs() const { return dtype != kFp32; }
   int num_groups() const { return cols / kGroupSize; }
+  int num_scales() const { return cols / scale_group; }
   // What the largest input of a group becomes when inputs are quantised for this matrix. Rotated
   // inputs have no outliers and so lose little with half the levels; a pair of products with
   // weights + 128 is then at most 2 * 255 * 64, which 16 bits hold.

@@ -119,37 +119,41 @@ SIMD_INLINE void round_to_bf16(uint16_t* y, float* rounded, const float* x, int 
 // Groups below are taken for zeros: the inverse of their scale would be no float.
 constexpr float kLeastScale = 0x1p-100f;
 
-void quantize(const float* values, const Activations& x, const Matrix& weights, int row,
-              int col_begin, int col_end) {
-  if (weights.dtype == kBf16) {
-    const int64_t first = static_cast<int64_t>(row) * x.cols + col_begin;
-    round_to_bf16(x.halves + first, x.values + first, values, col_end - col_begin);
-    return;
-  }
-  const int64_t first_group = static_cast<int64_t>(row) * (x.cols / kGroupSize);
+// Groups that share a scale: one or two.
+template <int Groups>
+SIMD_INLINE void quantize_groups(const float* from, const Activations& x, const Matrix& weights,
+                                 int row, int col_begin, int col_end) {
+  constexpr int kInputs = Groups * kGroupSize;
+  const int64_t first = static_cast<int64_t>(row) * (x.cols / kInputs);
   const float levels = static_cast<float>(weights.input_levels());
   const float factor = weights.is_rotated ? 0.125f : 1.0f;  // a power of two: exact
   // Nothing here overlaps; told so, the compiler keeps the addresses in registers.
-  const float* __restrict from = values;
   int8_t* __restrict quants = x.quants + static_cast<int64_t>(row) * x.cols;
-  float *__restrict scales = x.scales + first_group, *__restrict scaled = x.scaled_sums + first_group;
-  int32_t *__restrict totals = x.sums + first_group, *__restrict offsets = x.offsets + first_group;
+  float *__restrict scales = x.scales + first, *__restrict scaled = x.scaled_sums + first;
+  int32_t *__restrict totals = x.sums + first, *__restrict offsets = x.offsets + first;
   const bool is_rotated = weights.is_rotated, is_int8 = weights.dtype == kInt8;
-  for (int col = col_begin; col < col_end; col += kGroupSize) {
-    F8 group[4] = {load(from), load(from + 8), load(from + 16), load(from + 24)};
-    from += kGroupSize;
-    if (is_rotated) rotate_group(group);
-    const float largest = max_lane(max(max(abs(group[0]), abs(group[1])),
-                                       max(abs(group[2]), abs(group[3]))));
+  for (int col = col_begin; col < col_end; col += kInputs) {
+    F8 groups[Groups][4], highest = splat(0.0f);
+    for (F8(&group)[4] : groups) {
+      for (int i = 0; i < 4; ++i) group[i] = load(from + 8 * i);
+      from += kGroupSize;
+      if (is_rotated) rotate_group(group);
+      highest = max(highest, max(max(abs(group[0]), abs(group[1])), max(abs(group[2]), abs(group[3]))));
+    }
+    const float largest = max_lane(highest);
     float scale = largest / levels;
     int32_t sums[2] = {0, 0};  // of the quants at index % 4 < 2, and of the others
     if (scale < kLeastScale) {
       scale = 0.0f;
-      std::memset(quants + col, 0, kGroupSize);
+      std::memset(quants + col, 0, kInputs);
     } else {
-      quantize_group(quants + col, group, levels / largest, sums);
+      for (int i = 0; i < Groups; ++i) {
+        int32_t of_group[2] = {0, 0};
+        quantize_group(quants + col + i * kGroupSize, groups[i], levels / largest, of_group);
+        sums[0] += of_group[0], sums[1] += of_group[1];
+      }
     }
-    const int index = col / kGroupSize;
+    const int index = col / kInputs;
     const int32_t total = sums[0] + sums[1];
     scales[index] = scale * factor;
     totals[index] = total;
@@ -157,6 +161,18 @@ void quantize(const float* values, const Activations& x, const Matrix& weights, 
     const uint32_t low = static_cast<uint32_t>(-8 * sums[0]) & 0xffffu;
     const uint32_t halves = low | static_cast<uint32_t>(-8 * sums[1]) << 16;
     offsets[index] = is_int8 ? -128 * total : static_cast<int32_t>(halves);
+  }
+}
+
+void quantize(const float* values, const Activations& x, const Matrix& weights, int row,
+              int col_begin, int col_end) {
+  if (weights.dtype == kBf16) {
+    const int64_t first = static_cast<int64_t>(row) * x.cols + col_begin;
+    round_to_bf16(x.halves + first, x.values + first, values, col_end - col_begin);
+  } else if (weights.scale_group == kGroupSize) {
+    quantize_groups<1>(values, x, weights, row, col_begin, col_end);
+  } else {
+    quantize_groups<2>(values, x, weights, row, col_begin, col_end);
   }
 }
 

@@ -1,0 +1,90 @@
+// Row kernels with 16 lanes, the same bits as those of row_kernels.h: every operation here is one on
+// single elements, or exact.
+// Included inside the family's namespace, after row_kernels.h and matmul_avx512.h.
+
+SIMD_INLINE __m512 exp16(__m512 x) {
+  const __m512 clamped = _mm512_max_ps(x, splat16(-87.0f));
+  const __m512 scaled = _mm512_mul_ps(clamped, splat16(1.44269504088896341f));
+  const __m512 n = _mm512_roundscale_ps(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m512 r = _mm512_fmadd_ps(n, splat16(-0.693359375f), clamped);
+  r = _mm512_fmadd_ps(n, splat16(2.12194440e-4f), r);
+  __m512 y = splat16(1.9875691500e-4f);
+  y = _mm512_fmadd_ps(y, r, splat16(1.3981999507e-3f));
+  y = _mm512_fmadd_ps(y, r, splat16(8.3334519073e-3f));
+  y = _mm512_fmadd_ps(y, r, splat16(4.1665795894e-2f));
+  y = _mm512_fmadd_ps(y, r, splat16(1.6666665459e-1f));
+  y = _mm512_fmadd_ps(y, r, splat16(5.0000001201e-1f));
+  y = _mm512_add_ps(_mm512_fmadd_ps(y, _mm512_mul_ps(r, r), r), splat16(1.0f));
+  const __mmask16 is_large = _mm512_cmp_ps_mask(x, splat16(-87.0f), _CMP_GE_OQ);
+  return _mm512_maskz_scalef_ps(is_large, y, n);
+}
+
+void swiglu16(float* y, const float* gate, const float* up, int n) {
+  int i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const __m512 g = _mm512_loadu_ps(gate + i);
+    const __m512 exp_minus = exp16(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_max_ps(g, splat16(-87.0f))));
+    const __m512 sigmoid = _mm512_div_ps(g, _mm512_add_ps(splat16(1.0f), exp_minus));
+    _mm512_storeu_ps(y + i, _mm512_mul_ps(sigmoid, _mm512_loadu_ps(up + i)));
+  }
+  swiglu(y + i, gate + i, up + i, n - i);
+}
+
+// -1 in the lanes of the mask, 1 in the others.
+SIMD_INLINE __m512 minus_one_in(int mask) {
+  return _mm512_mask_blend_ps(static_cast<__mmask16>(mask), splat16(1.0f), splat16(-1.0f));
+}
+
+// `rotate_group` for a group in two registers.
+SIMD_INLINE void rotate_group16(__m512 (&group)[2]) {
+  for (__m512& x : group) {
+    x = _mm512_fmadd_ps(x, minus_one_in(0xaaaa), _mm512_permute_ps(x, 0xb1));
+    x = _mm512_fmadd_ps(x, minus_one_in(0xcccc), _mm512_permute_ps(x, 0x4e));
+    x = _mm512_fmadd_ps(x, minus_one_in(0xf0f0), _mm512_shuffle_f32x4(x, x, 0xb1));
+    x = _mm512_fmadd_ps(x, minus_one_in(0xff00), _mm512_shuffle_f32x4(x, x, 0x4e));
+  }
+  const __m512 sum = _mm512_add_ps(group[0], group[1]);
+  group[1] = _mm512_sub_ps(group[0], group[1]);
+  group[0] = sum;
+}
+
+// As quantize_groups<2> for rotated int8 weights, which read neither sums nor scaled sums.
+void quantize_pairs16(const float* values, const Activations& x, const Matrix& weights, int row,
+                      int col_begin, int col_end) {
+  constexpr int kInputs = 2 * kGroupSize;
+  const int64_t first = int64_t{row} * (x.cols / kInputs);
+  const float levels = static_cast<float>(weights.input_levels());
+  int8_t* quants = x.quants + int64_t{row} * x.cols;
+  for (int col = col_begin; col < col_end; col += kInputs, values += kInputs) {
+    __m512 groups[2][2];
+    for (int i = 0; i < 4; ++i) groups[i / 2][i % 2] = _mm512_loadu_ps(values + 16 * i);
+    rotate_group16(groups[0]);
+    rotate_group16(groups[1]);
+    const __m512 low = _mm512_max_ps(_mm512_abs_ps(groups[0][0]), _mm512_abs_ps(groups[0][1]));
+    const __m512 high = _mm512_max_ps(_mm512_abs_ps(groups[1][0]), _mm512_abs_ps(groups[1][1]));
+    const float largest = _mm512_reduce_max_ps(_mm512_max_ps(low, high));
+    const float scale = largest / levels;
+    const int64_t index = first + col / kInputs;
+    if (scale < kLeastScale) {
+      std::memset(quants + col, 0, kInputs);
+      x.scales[index] = 0.0f;
+      x.offsets[index] = 0;
+      continue;
+    }
+    const __m512 inverse = splat16(levels / largest);
+    __m512i total = _mm512_setzero_si512();
+    for (int i = 0; i < 4; ++i) {
+      const __m512i words = _mm512_cvtps_epi32(_mm512_mul_ps(groups[i / 2][i % 2], inverse));
+      total = _mm512_add_epi32(total, words);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(quants + col + 16 * i), _mm512_cvtepi32_epi8(words));
+    }
+    x.scales[index] = scale * 0.125f;
+    x.offsets[index] = -128 * _mm512_reduce_add_epi32(total);
+  }
+}
+
+void quantize16(const float* values, const Activations& x, const Matrix& weights, int row,
+                int col_begin, int col_end) {
+  const bool has_pairs = weights.dtype == kInt8 && weights.scale_group != kGroupSize;
+  (has_pairs ? quantize_pairs16 : quantize)(values, x, weights, row, col_begin, col_end);
+}
