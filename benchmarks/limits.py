@@ -47,8 +47,8 @@ class Limits:
     def arithmetic(self, isa: str, weights: str) -> float:
         """The GOP/s that bound products with weights of this type in this kernel family."""
         modes = dict(zip(("int8", "int4", "fp32", "bf16"), ISA_MODES[isa], strict=True))
-        # Where the family does without the type's own instructions, it multiplies float32.
-        return self.gop_per_s.get(modes[weights], self.gop_per_s[modes["fp32"]])
+        # Where the type's own instructions are missing, or slow, float32 is multiplied.
+        return max(self.gop_per_s.get(modes[weights], 0.0), self.gop_per_s[modes["fp32"]])
 
 
 def program(cache_dir: Path = CACHE_DIR) -> Path:

@@ -36,7 +36,7 @@ struct TileAttention : AttentionTiles {
     const int num_key_blocks = (piece.end + kTileRows - 1) / kTileRows;
     const int num_value_tiles = (piece.end + kTileInputs - 1) / kTileInputs;
     if (is_few) {
-      score_few(state.scores, num_queries, halves, piece, num_key_blocks, head_dim, ahead);
+      score_few(halves, num_queries, piece, num_key_blocks, head_dim, ahead);
     } else {
       pack_keys(halves.keys, piece, num_key_blocks, head_dim, ahead);
     }
@@ -50,6 +50,9 @@ struct TileAttention : AttentionTiles {
         default: multiply_keys<4>(scores, queries, halves.keys, head_dim); break;
       }
     }
+    // By the time this is done, scores are in the cache.
+    pack_values(halves.values, piece, num_value_tiles * kTileInputs, head_dim, ahead);
+    if (is_few) take_few_scores(state.scores, halves, num_queries, num_key_blocks * kTileRows);
     for (int query = 0; query < num_queries; ++query) {
       int begin, end;
       visible(query, &begin, &end);
@@ -57,7 +60,6 @@ struct TileAttention : AttentionTiles {
                        halves.probabilities + query * kPieceSize);
       correct(state.acc + query * head_dim, state.corrections[query], head_dim);
     }
-    pack_values(halves.values, piece, num_value_tiles * kTileInputs, head_dim, ahead);
     for (int query = 0; query < num_queries; query += kTileRows) {
       float* acc = state.acc + query * head_dim;
       const uint16_t* probabilities = halves.probabilities + query * kPieceSize;
@@ -118,17 +120,19 @@ struct TileAttention : AttentionTiles {
     }
   }
 
-  static void score_few(float* scores, int num_queries, const Room& room,
-                        const Piece<uint16_t>& piece, int num_blocks, int head_dim,
-                        FetchAhead* ahead) {
+  static void score_few(const Room& room, int num_queries, const Piece<uint16_t>& piece,
+                        int num_blocks, int head_dim, FetchAhead* ahead) {
     const int query_stride = num_queries * 4;
     for (int block = 0; block < num_blocks; ++block) {
-      const uint16_t* rows[kTileRows];
-      for (int i = 0; i < kTileRows; ++i) rows[i] = row_of(piece, 0, block * kTileRows + i);
-      const uint16_t* keys = rows[0];
-      if (rows[kTileRows - 1] - keys != (kTileRows - 1) * head_dim) {
+      const uint16_t* keys = row_of(piece, 0, block * kTileRows);
+      bool is_one_run = true;
+      for (int i = 1; i < kTileRows; ++i) {
+        is_one_run &= row_of(piece, 0, block * kTileRows + i) == keys + i * head_dim;
+      }
+      if (!is_one_run) {  // the values' place is free until they are packed
         for (int i = 0; i < kTileRows; ++i) {
-          std::memcpy(room.values + i * head_dim, rows[i], static_cast<size_t>(head_dim) * 2);
+          std::memcpy(room.values + i * head_dim, row_of(piece, 0, block * kTileRows + i),
+                      static_cast<size_t>(head_dim) * 2);
         }
         keys = room.values;
       }
@@ -141,8 +145,12 @@ struct TileAttention : AttentionTiles {
       }
       TILE_STORE(0, room.few_scores + block * kTileRows * num_queries, query_stride);
     }
+  }
+
+  // From (keys, queries) to (queries, 64).
+  static void take_few_scores(float* scores, const Room& room, int num_queries, int num_keys) {
     for (int query = 0; query < num_queries; ++query) {
-      for (int key = 0; key < num_blocks * kTileRows; ++key) {
+      for (int key = 0; key < num_keys; ++key) {
         scores[query * kPieceSize + key] = room.few_scores[key * num_queries + query];
       }
     }
