@@ -116,10 +116,12 @@ def _decode_error(error: Exception) -> HttpError:
     match error:
         case RecursionError():
             return invalid("the body is nested too deeply")
-        case UnicodeDecodeError():
-            return invalid("the body is not valid UTF-8")
+        case UnicodeDecodeError():  # msgspec before 0.23
+            return _not_utf8()
         case msgspec.ValidationError():
             return _wrong_value(str(error))
+        case msgspec.DecodeError() if "UTF-8" in str(error):
+            return _not_utf8()
         case msgspec.DecodeError():
             # It calls a lone surrogate truncated, for the other half is missing.
             reason = str(error).replace(
@@ -127,6 +129,10 @@ def _decode_error(error: Exception) -> HttpError:
             )
             return invalid(f"the body is not valid JSON: {reason}")
     raise error
+
+
+def _not_utf8() -> HttpError:
+    return invalid("the body is not valid UTF-8")
 
 
 def _wrong_value(message: str) -> HttpError:
