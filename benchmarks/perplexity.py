@@ -1,6 +1,7 @@
 """Perplexity of each weight type on a fixed text, against float32.
 
     python benchmarks/perplexity.py [--model MODEL] [--weights fp32 bf16 int8 int4]
+        [--kv-cache-dtype bf16]
         [--llama-perplexity PATH --peer int8=Q8_0.gguf int4=Q4_0.gguf] [--quantized MODEL.gguf]
 
 Windowed as llama.cpp's perplexity tool does by default, so that the figures compare: windows of
@@ -135,7 +136,7 @@ def step(token_ids: Int32, first_window: int, context_len: int) -> StepBatch:
     return BatchBuilder().build(StepPlan(0, rows)).batch
 
 
-def make_executor(artifact: Artifact, num_windows: int) -> Executor:
+def make_executor(artifact: Artifact, num_windows: int, kv_cache_dtype: str) -> Executor:
     """The native executor on all cores, or the numpy one where there is none."""
     num_blocks = num_windows * BLOCKS_PER_WINDOW
     try:
@@ -143,14 +144,14 @@ def make_executor(artifact: Artifact, num_windows: int) -> Executor:
             artifact,
             num_blocks=num_blocks,
             block_size=BLOCK_SIZE,
-            kv_cache_dtype="fp32",
+            kv_cache_dtype=kv_cache_dtype,
             cpus=tuple((cpu,) for cpu in sorted(os.sched_getaffinity(0))),
             max_num_batched_tokens=max(NUM_UNSCORED, num_windows),
         )
     except FuriosaLLMError as error:
         print(f"numpy instead of native: {error}")
         return ReferenceExecutor(
-            artifact, num_blocks=num_blocks, block_size=BLOCK_SIZE, kv_cache_dtype="fp32"
+            artifact, num_blocks=num_blocks, block_size=BLOCK_SIZE, kv_cache_dtype=kv_cache_dtype
         )
 
 
@@ -203,6 +204,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="SmolLM2-135M-Instruct")
     parser.add_argument("--weights", nargs="+", default=["fp32", "bf16", "int8", "int4"])
+    parser.add_argument(
+        "--kv-cache-dtype", default="fp32", help="of all rows but the first, which is the base"
+    )
     parser.add_argument("--cache-dir", type=Path, default=Path("~/.cache/furiosa/llm"))
     parser.add_argument("--llama-perplexity", type=Path, help="llama.cpp's perplexity tool")
     parser.add_argument(
@@ -231,14 +235,22 @@ def main() -> None:
             resolved = resolve_model(model, cache_dir=arguments.cache_dir, weights=weights)
             artifact = Artifact.open(resolved.path)
             windows = windows_of(artifact, TEXT.read_text(encoding="utf-8"))
-            executor = make_executor(artifact, len(windows))
+            kv_cache_dtype = "fp32" if base is None else arguments.kv_cache_dtype
+            executor = make_executor(artifact, len(windows), kv_cache_dtype)
             scores = score(executor, windows)
             executor.close()
             if base is None:
                 base = scores
             over_base = ratio(scores.losses, base.losses)
             divergence = scores.divergence_from(base)
-            row = [label, executor.isa, f"{scores.perplexity:.4f}", over_base, divergence]
+            row = [
+                label,
+                kv_cache_dtype,
+                executor.isa,
+                f"{scores.perplexity:.4f}",
+                over_base,
+                divergence,
+            ]
             if peer_tool is not None:
                 peer = peers.get(label)
                 row += (
@@ -248,7 +260,14 @@ def main() -> None:
                 )
             rows.append(row)
             print(" ".join(row), flush=True)
-    header = ["weights", "kernel", "perplexity", f"over {arguments.weights[0]}", "divergence"]
+    header = [
+        "weights",
+        "KV cache",
+        "kernel",
+        "perplexity",
+        f"over {arguments.weights[0]}",
+        "divergence",
+    ]
     if peers:
         header += ["llama.cpp's file", "its perplexity", "its divergence"]
     num_scored = len(windows) * (WINDOW_LEN - NUM_UNSCORED)

@@ -352,7 +352,7 @@ void quantize_amx(const float* values, const Activations& x, const Matrix& weigh
       std::memcpy(x.tile_quants + place * group, x.quants + (first + g) * group,
                   static_cast<size_t>(group));
       x.tile_scales[place] = x.scales[first + g];
-      x.tile_scaled_sums[place] = x.scaled_sums[first + g];
+      if (weights.has_min) x.tile_scaled_sums[place] = x.scaled_sums[first + g];
     }
     return;
   }
