@@ -263,7 +263,10 @@ def logits_bounds(weights: str, kv_cache_dtype: str, isa: str = "") -> tuple[flo
 
 
 def all_logits(executor: NativeExecutor, chunk: int, together: bool, block_size: int) -> np.ndarray:
-    """Prefill every prompt in chunks, decode three tokens each; (prompts, 4, vocab) logits."""
+    """Prefill every prompt in chunks, decode three tokens each; (prompts, 4, vocab) logits.
+
+    As in serving, a chunk that does not end its prompt samples nothing.
+    """
     results = np.zeros((len(PROMPTS), 4, VOCAB_SIZE), np.float32)
     streams = [[*prompt, 7, 8, 9] for prompt in PROMPTS]
     done = [0] * len(PROMPTS)
@@ -273,15 +276,17 @@ def all_logits(executor: NativeExecutor, chunk: int, together: bool, block_size:
             if done[i] == len(streams[i]):
                 continue
             end = min(done[i] + chunk, len(prompt)) if done[i] < len(prompt) else done[i] + 1
-            rows.append(Row(done[i], streams[i][done[i] : end], blocks_of(i, block_size)))
-            places.append((i, end - len(prompt)))
+            sampling = Sampling() if end >= len(prompt) else None
+            tokens = streams[i][done[i] : end]
+            rows.append(Row(done[i], tokens, blocks_of(i, block_size), sampling))
+            if sampling is not None:
+                places.append((i, end - len(prompt)))
             done[i] = end
             if not together:
                 break
         logits = executor.logits(step_batch(rows))
-        for (i, place), row in zip(places, logits, strict=True):
-            if place >= 0:
-                results[i, place] = row
+        for place, row in zip(places, logits, strict=True):
+            results[place] = row
     return results
 
 
@@ -574,6 +579,16 @@ def test_a_batch_that_contradicts_itself_is_refused_and_changes_nothing(
     with pytest.raises(InvalidRequestError, match=match):
         executor.execute(step_batch([Row(0, [9, 9, 9], [0, 1])], **overrides))
     assert np.array_equal(executor.logits(decode), before)
+
+
+def test_sampled_rows_that_do_not_ascend_are_refused(
+    artifact_of: Callable[..., Artifact], make_executor: MakeExecutor
+) -> None:
+    executor = make_executor(artifact_of("llama", "fp32"))
+    rows = [Row(0, [1, 2, 3], [0]), Row(0, [4], [1])]
+    for sample_rows in (int32(1, 0), int32(1, 1)):
+        with pytest.raises(InvalidRequestError, match="sample_rows do not ascend at 1"):
+            executor.execute(step_batch(rows, sample_rows=sample_rows))
 
 
 def test_a_step_larger_than_announced_is_refused(

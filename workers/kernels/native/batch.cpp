@@ -66,6 +66,11 @@ void check_forward(const FsBatch& batch, const BatchLimits& limits) {
 
 void check_sampling(const FsBatch& batch, int32_t vocab_size) {
   check_ids("sample_rows: row", batch.sample_rows, batch.num_samples, batch.num_rows);
+  for (int32_t i = 1; i < batch.num_samples; ++i) {
+    if (batch.sample_rows[i] <= batch.sample_rows[i - 1]) {
+      throw invalid("sample_rows do not ascend at " + std::to_string(i));
+    }
+  }
   check_offsets("history_offsets", batch.history_offsets, batch.num_samples,
                 batch.num_history_ids, true);
   check_offsets("bias_offsets", batch.bias_offsets, batch.num_samples, batch.num_bias_ids, true);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <string>
 
 #include "batch.h"
@@ -77,7 +78,6 @@ Engine::Buffers Engine::Buffers::from(Arena& arena, const FsEngineConfig& config
   buffers.slots = arena.take<int64_t>(tokens);
   buffers.cos = arena.take<float>(tokens * config.head_dim / 2);
   buffers.sin = arena.take<float>(tokens * config.head_dim / 2);
-  buffers.sampled = arena.take<int32_t>(kLogitsRows);
   buffers.logits = arena.take<float>(int64_t{kLogitsRows} * config.vocab_size);
   buffers.partials = arena.take<float>(kMaxSharedStates * (config.head_dim + 2));
   return buffers;
@@ -126,10 +126,7 @@ void Engine::step(const FsBatch& batch, const FsResult* result, float* logits) {
   forward(batch);
   for (int first = 0; first < batch.num_samples; first += kLogitsRows) {
     const int count = std::min(kLogitsRows, batch.num_samples - first);
-    for (int i = 0; i < count; ++i) {
-      buffers_.sampled[i] = batch.row_offsets[batch.sample_rows[first + i] + 1] - 1;
-    }
-    norm_inputs(count, buffers_.sampled, weights_.final_norm, weights_.lm_head);
+    norm_inputs(first, count, weights_.final_norm, weights_.lm_head);
     float* out = logits == nullptr ? buffers_.logits
                                    : logits + int64_t{first} * config_.vocab_size;
     matmul(weights_.lm_head, buffers_.input, count, {out, config_.vocab_size, nullptr, false});
@@ -137,16 +134,19 @@ void Engine::step(const FsBatch& batch, const FsResult* result, float* logits) {
   }
 }
 
+// On return the rows of the residual stream are those of the sampled tokens, in their order.
 void Engine::forward(const FsBatch& batch) {
-  if (batch.num_tokens == 0) return;
+  num_rows_ = batch.num_tokens;
+  if (num_rows_ == 0) return;
   locate_tokens(batch);
   plan_attention(batch);
   embed(batch);
   const LayerWeights& first = weights_.layers[0];
-  norm_inputs(batch.num_tokens, nullptr, first.attn_norm, first.qkv);
+  norm_inputs(0, num_rows_, first.attn_norm, first.qkv);
   for (int layer = 0; layer < config_.num_layers; ++layer) {
     attention_block(batch, layer);
-    feed_forward_block(batch.num_tokens, layer);
+    if (num_rows_ == 0) return;  // no token is sampled: the cache is what the step was for
+    feed_forward_block(layer);
   }
 }
 
@@ -180,41 +180,71 @@ void Engine::embed(const FsBatch& batch) {
 }
 
 // `input` holds the normed rows already; on return it holds those of the feed-forward block.
+//
+// Where each row is one run, the PE that attends to it caches its keys first; where a run needs the
+// keys of another, or a context is shared out, caching is a job of its own. So it is in the last
+// layer of a step that does not sample all tokens: the others are done with once they are cached.
 void Engine::attention_block(const FsBatch& batch, int layer) {
   const LayerWeights& weights = weights_.layers[static_cast<size_t>(layer)];
-  matmul(weights.qkv, buffers_.input, batch.num_tokens,
+  matmul(weights.qkv, buffers_.input, num_rows_,
          {buffers_.wide, qkv_size_, weights.qkv_bias, false});
-  attend(batch, layer);
-  matmul_and_norm(weights.o, buffers_.input, batch.num_tokens,
+  const bool is_narrowed = layer + 1 == config_.num_layers && batch.num_samples < num_rows_;
+  const bool is_cached_first = is_narrowed || !is_one_run_a_row_ || is_shared_out_;
+  if (is_cached_first) {
+    for_rows(num_rows_, [&](int token, int) {
+      for (int head = 0; head < config_.num_kv_heads; ++head) cache_tokens(layer, token, 1, head);
+    });
+  }
+  if (is_narrowed) {
+    keep_sampled(batch);
+    if (num_rows_ == 0) return;
+  }
+  attend(batch, layer, !is_cached_first);
+  matmul_and_norm(weights.o, buffers_.input, num_rows_,
                   {buffers_.hidden, config_.hidden_size, nullptr, true}, weights.ffn_norm,
                   weights.gate_up);
 }
 
+// The rows of the residual stream, and of q, become those of the sampled tokens. None moves back,
+// since sampled rows ascend.
+void Engine::keep_sampled(const FsBatch& batch) {
+  num_rows_ = batch.num_samples;
+  for (int i = 0; i < num_rows_; ++i) {
+    const int token = batch.row_offsets[batch.sample_rows[i] + 1] - 1;
+    const auto keep = [&](float* rows, int64_t width) {
+      std::memmove(rows + i * width, rows + token * width,
+                   static_cast<size_t>(width) * sizeof(float));
+    };
+    keep(buffers_.hidden, config_.hidden_size);
+    keep(buffers_.wide, qkv_size_);
+    buffers_.positions[i] = buffers_.positions[token];
+  }
+  plan_attention_of_sampled(batch);
+}
+
 // Likewise; on return `input` holds the rows of the next layer, if there is one.
-void Engine::feed_forward_block(int num_tokens, int layer) {
+void Engine::feed_forward_block(int layer) {
   const LayerWeights& weights = weights_.layers[static_cast<size_t>(layer)];
-  gate_up(num_tokens, weights);
+  gate_up(num_rows_, weights);
   const Output out{buffers_.hidden, config_.hidden_size, nullptr, true};
   if (layer + 1 == config_.num_layers) {
-    matmul(weights.down, buffers_.inner, num_tokens, out);
+    matmul(weights.down, buffers_.inner, num_rows_, out);
   } else {
     const LayerWeights& next = weights_.layers[static_cast<size_t>(layer) + 1];
-    matmul_and_norm(weights.down, buffers_.inner, num_tokens, out, next.attn_norm, next.qkv);
+    matmul_and_norm(weights.down, buffers_.inner, num_rows_, out, next.attn_norm, next.qkv);
   }
 }
 
-// input[i] = norm of hidden[tokens[i]] (of hidden[i] without `tokens`), as `next` wants it.
-void Engine::norm_inputs(int num_rows, const int32_t* tokens, const float* weight,
-                         const Matrix& next) {
+// input[i] = norm of hidden[first + i], as `next` wants it.
+void Engine::norm_inputs(int first, int num_rows, const float* weight, const Matrix& next) {
   buffers_.input.cols = config_.hidden_size;
-  for_rows(num_rows, [&](int row, int) {
-    norm_row(row, tokens == nullptr ? row : tokens[row], weight, next);
-  });
+  for_rows(num_rows, [&](int row, int) { norm_row(row, first + row, weight, next); });
 }
 
-void Engine::norm_row(int row, int64_t token, const float* weight, const Matrix& next) {
+// input[row] = norm of hidden[from], as `next` wants it.
+void Engine::norm_row(int row, int64_t from, const float* weight, const Matrix& next) {
   const int width = config_.hidden_size;
-  kernels_.rms_norm(buffers_.input.values + int64_t{row} * width, buffers_.hidden + token * width,
+  kernels_.rms_norm(buffers_.input.values + int64_t{row} * width, buffers_.hidden + from * width,
                     weight, width, config_.rms_norm_eps);
   if (next.rounds_inputs()) quantize(buffers_.input, next, row, 0, width);
 }
@@ -294,7 +324,7 @@ void Engine::matmul_and_norm(const Matrix& w, const Activations& x, int num_rows
                              const Output& out, const float* norm, const Matrix& next) {
   if (num_rows > kFewRows) {
     matmul(w, x, num_rows, out);
-    norm_inputs(num_rows, nullptr, norm, next);
+    norm_inputs(0, num_rows, norm, next);
     return;
   }
   run_matmul(w, x, num_rows, out, [&] {

@@ -43,7 +43,6 @@ class Engine {
     int32_t* positions;     // (tokens,)
     int64_t* slots;         // (tokens,) block id * block_size + offset in the block
     float *cos, *sin;       // (tokens, head_dim / 2)
-    int32_t* sampled;       // (kLogitsRows,) token indices of the rows being sampled
     float* logits;          // (kLogitsRows, vocab)
     float* partials;        // (kMaxSharedStates, head_dim + 2): of contexts that are shared out
 
@@ -76,14 +75,17 @@ class Engine {
   void forward(const FsBatch& batch);
   void locate_tokens(const FsBatch& batch);
   void plan_attention(const FsBatch& batch);
+  void plan_attention_of_sampled(const FsBatch& batch);
+  void plan_tasks();
   void share_out(QueryRun& run, int64_t* num_states) const;
   void embed(const FsBatch& batch);
   void attention_block(const FsBatch& batch, int layer);
-  void feed_forward_block(int num_tokens, int layer);
-  void norm_inputs(int num_rows, const int32_t* tokens, const float* weight, const Matrix& next);
-  void norm_row(int row, int64_t token, const float* weight, const Matrix& next);
+  void keep_sampled(const FsBatch& batch);
+  void feed_forward_block(int layer);
+  void norm_inputs(int first, int num_rows, const float* weight, const Matrix& next);
+  void norm_row(int row, int64_t from, const float* weight, const Matrix& next);
   void cache_tokens(int layer, int first_token, int num_tokens, int kv_head);
-  void attend(const FsBatch& batch, int layer);
+  void attend(const FsBatch& batch, int layer, bool caches);
   AttentionPart part_of(int task) const;
   void attend_part(const FsBatch& batch, int layer, int task_index, const AttentionPart& part,
                    int pe);
@@ -117,6 +119,7 @@ class Engine {
   const MappedMemory memory_;
   Buffers buffers_;
   std::vector<PeScratch> scratch_;           // one per PE
+  int num_rows_ = 0;                         // of the residual stream: tokens, at last samples
   std::vector<QueryRun> query_runs_;         // reserved for the worst case
   bool is_one_run_a_row_ = true;             // of the step's rows
   bool is_shared_out_ = false;               // some run has several parts

@@ -25,6 +25,20 @@ void Engine::plan_attention(const FsBatch& batch) {
       query_runs_.push_back({row, token, std::min(max_run, end - token), 1, 0, 0, 0});
     }
   }
+  plan_tasks();
+}
+
+// Of a step whose rows are the sampled tokens by now.
+void Engine::plan_attention_of_sampled(const FsBatch& batch) {
+  query_runs_.clear();
+  for (int i = 0; i < batch.num_samples; ++i) {
+    query_runs_.push_back({batch.sample_rows[i], i, 1, 1, 0, 0, 0});
+  }
+  plan_tasks();
+}
+
+// Shares contexts out if need be, and numbers the tasks of all runs.
+void Engine::plan_tasks() {
   const int num_tasks = static_cast<int>(query_runs_.size()) * config_.num_kv_heads;
   const bool is_short_of_tasks = pool_.size() > 1 && num_tasks < pool_.size() * kMinTasksPerPe;
   int64_t num_states = 0;
@@ -73,30 +87,22 @@ void Engine::cache_tokens(int layer, int first_token, int num_tokens, int kv_hea
   }
 }
 
-// From q, k and v in `wide` to the attention's output in `input`, as the output projection wants
-// it. Where each row is one run, the PE that attends to it caches its keys first; where a run needs
-// the keys of another, or a context is shared out, caching is a job of its own.
-void Engine::attend(const FsBatch& batch, int layer) {
+// From q in `wide` to the attention's output in `input`, as the output projection wants it.
+//   caches: k and v are in `wide`, too, and not in the cache yet.
+void Engine::attend(const FsBatch& batch, int layer, bool caches) {
   const Matrix& next = weights_.layers[static_cast<size_t>(layer)].o;
-  const int num_kv_heads = config_.num_kv_heads;
-  const bool is_cached_first = !is_one_run_a_row_ || is_shared_out_;
   buffers_.input.cols = q_size_;
-  if (is_cached_first) {
-    for_rows(batch.num_tokens, [&](int token, int) {
-      for (int head = 0; head < num_kv_heads; ++head) cache_tokens(layer, token, 1, head);
-    });
-  }
   for (PeScratch& scratch : scratch_) scratch.fetched_task = -1;
   pool_.run(num_tasks_, [&](int task, int pe) {
     const AttentionPart part = part_of(task);
     const QueryRun& run = part.run;
-    if (!is_cached_first) cache_tokens(layer, run.first_token, run.num_tokens, part.kv_head);
+    if (caches) cache_tokens(layer, run.first_token, run.num_tokens, part.kv_head);
     attend_part(batch, layer, task, part, pe);
     if (run.num_parts == 1) quantize_heads(run, part.kv_head, next);
   });
   if (is_shared_out_) merge_parts(next);
   if (!are_heads_whole_groups(next) && next.rounds_inputs()) {
-    for_rows(batch.num_tokens, [&](int row, int) {
+    for_rows(num_rows_, [&](int row, int) {
       quantize(buffers_.input, next, row, 0, q_size_);
     });
   }
