@@ -158,6 +158,20 @@ def test_matmul_of_many_rows_unpacks_panels_without_changing_a_bit(isa: str, dty
         assert np.array_equal(native.matmul(tensor, x[:count], isa=isa), one_by_one[:count])
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_inputs_of_bf16_weights_are_rounded_half_to_even(isa: str) -> None:
+    """Ties both ways and their neighbours, times the identity; more than whole vectors of them."""
+    size = 80
+    tensor = packed_tensor(np.eye(size, dtype=np.float32), "bf16")
+    upper = np.random.default_rng(6).integers(0x3D00, 0x4300, 3 * size).astype(np.uint32)
+    lower = np.resize(np.array([0x8000, 0x7FFF, 0x8001, 0, 0xFFFF], np.uint32), 3 * size)
+    x = (upper << 16 | lower).view(np.float32).reshape(3, size).copy()
+    x[1] *= -1
+    assert np.array_equal(native.matmul(tensor, x, isa=isa), from_bf16(to_bf16(x)))
+    x[2, 70] = np.uint32(0x7FFFFFFF).view(np.float32)  # a NaN that rounding would turn into -0
+    assert np.isnan(native.matmul(tensor, x, isa=isa)[2]).all()
+
+
 def test_matmul_extremes_stay_exact() -> None:
     """All inputs and all weights at their largest: no integer sum saturates."""
     for dtype, q, value in (("int8", -128, -128.0), ("int4", 0, -8.0), ("int4", 15, 7.0)):

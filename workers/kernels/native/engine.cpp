@@ -259,14 +259,14 @@ void Engine::quantize(const Activations& x, const Matrix& next, int row, int col
 void Engine::gate_up(int num_rows, const LayerWeights& weights) {
   const int width = config_.intermediate_size;
   const Matrix& w = weights.gate_up;
-  const bool is_quantized = weights.down.is_quantized();
+  const bool is_rounded = weights.down.rounds_inputs();
   const int group = weights.down.scale_group;
   if (width % group != 0) {
     matmul(w, buffers_.input, num_rows, {buffers_.wide, int64_t{2} * width, nullptr, false});
     for_rows(num_rows, [&](int row, int) {
       const float* gate = buffers_.wide + int64_t{row} * 2 * width;
       kernels_.swiglu(buffers_.inner.values + int64_t{row} * width, gate, gate + width, width);
-      if (weights.down.rounds_inputs()) quantize(buffers_.inner, weights.down, row, 0, width);
+      if (is_rounded) quantize(buffers_.inner, weights.down, row, 0, width);
     });
     return;
   }
@@ -294,9 +294,9 @@ void Engine::gate_up(int num_rows, const LayerWeights& weights) {
       const int64_t place = int64_t{row - first_row} * stretch;
       float* gate = parts[0] + place;
       float* product =
-          is_quantized ? gate : buffers_.inner.values + int64_t{row} * width + begin;
+          is_rounded ? gate : buffers_.inner.values + int64_t{row} * width + begin;
       kernels_.swiglu(product, gate, parts[1] + place, end - begin);
-      if (weights.down.rounds_inputs()) {
+      if (is_rounded) {
         kernels_.quantize(product, buffers_.inner, weights.down, row, begin, end);
       }
     }

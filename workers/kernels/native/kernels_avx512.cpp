@@ -43,6 +43,7 @@ namespace avx512 {
 using AttentionTiles = NoTiles;
 constexpr auto quantize16 = quantize;
 constexpr auto swiglu16 = swiglu;
+constexpr auto bf16_from_float16 = bf16_from_float;
 #else
 #include "attention_avx512.h"
 #include "row_kernels_avx512.h"
@@ -79,7 +80,7 @@ const KernelTable kAvx512Kernels = {
     avx512::quantize16,
     avx512::swiglu16,
     avx512::rotate,
-    avx512::bf16_from_float,
+    avx512::bf16_from_float16,
     avx512::quantize_head,
     avx512::attention<avx512::AttentionTiles>,
     avx512::merge_attention,

@@ -198,6 +198,13 @@ SIMD_INLINE void add_scaled(__m512 (&acc)[Rows], const __m512i (&dot)[Rows], __m
 }
 
 #if !defined(FS_EMULATE_ISA)
+// Whether bfloat16 products take vdpbf16ps, and read Activations::halves, or FMAs, and read `values`.
+// Intel's processors do it at half the rate of FMAs, which leaves nothing to gain.
+SIMD_INLINE bool has_fast_bf16_dot() {
+  static const bool is_fast = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd");
+  return is_fast;
+}
+
 // For CPUs with AVX512-BF16. Unlike the other products', its sums are not the AVX2 family's: the
 // instruction adds two products at a time, and rounds them in its own way.
 template <int Rows>
@@ -361,10 +368,8 @@ void matmul16_bf16(const Matrix& w, int panel_begin, int panel_end, const Activa
 #if defined(FS_EMULATE_ISA)
   const MatmulKernel kernel = matmul16<Tile16Bf16>;
 #else
-  // Intel's processors do it at half the rate of FMAs, which leaves nothing to gain.
-  static const bool is_dot_fast =
-      __builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd");
-  const MatmulKernel kernel = is_dot_fast ? matmul16<Tile16Bf16Dot> : matmul16<Tile16Bf16>;
+  const MatmulKernel kernel =
+      has_fast_bf16_dot() ? matmul16<Tile16Bf16Dot> : matmul16<Tile16Bf16>;
 #endif
   kernel(w, panel_begin, panel_end, x, row_begin, row_end, out, scratch);
 }
