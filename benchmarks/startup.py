@@ -3,8 +3,8 @@
     python benchmarks/startup.py [--model MODEL] [any engine flag]
 
 Each run is a process of its own that starts an engine, asks for one token and leaves. The first run
-reads the files into the page cache and is not counted. Prints the figures and writes
-benchmarks/results/.
+reads the files into the page cache and is not counted. How long the client library takes to import
+is timed likewise. Prints the figures and writes benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -16,11 +16,18 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 from machine import facts, results_path, table
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 STAGES = ("interpreter and imports", "engine ready", "first token", "engine down")
+CLIENT_IMPORT = """
+import time
+wall_s, cpu_s = time.perf_counter(), time.process_time()
+from furiosa_llm.client import Client
+print(time.perf_counter() - wall_s, time.process_time() - cpu_s)
+"""
 
 
 async def one_token(arguments: list[str], begun_s: float) -> None:
@@ -48,23 +55,39 @@ def run_fresh(arguments: list[str]) -> list[float]:
     return stages_s
 
 
+def import_client() -> list[float]:
+    """Seconds that a fresh process takes to import the client library: passed, and of processor."""
+    command = [sys.executable, "-c", CLIENT_IMPORT]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=60)
+    return list(map(float, done.stdout.split()))
+
+
+def summary(names: Sequence[str], runs: list[list[float]]) -> list[list[str]]:
+    """Of each name, the median, the least and the most of its values in the runs."""
+    return [
+        [name, *(f"{value:.3f}" for value in (statistics.median(times), min(times), max(times)))]
+        for name, times in zip(names, zip(*runs, strict=True), strict=True)
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5, help="measured runs (default: 5)")
     options, arguments = parser.parse_known_args()
     arguments = ["--model", DEFAULT_MODEL, *arguments]  # a later --model wins
     about = facts()
-    runs = [run_fresh(arguments) for _ in range(options.repeats + 1)][1:]
-    rows = [
-        [stage, *(f"{value:.3f}" for value in (statistics.median(times), min(times), max(times)))]
-        for stage, times in zip(STAGES, zip(*runs, strict=True), strict=True)
-    ]
+    measured = range(options.repeats + 1)
+    stages = summary(STAGES, [run_fresh(arguments) for _ in measured][1:])
+    imports = summary(("time", "processor time"), [import_client() for _ in measured][1:])
     about |= {"arguments": " ".join(arguments), "runs": f"{options.repeats} after one to warm up"}
+    spread = ["median", "least", "most"]
     shown = "\n".join(
         [
             *(f"- {key}: {value}" for key, value in about.items()),
             "",
-            table(["seconds from process start to", "median", "least", "most"], rows),
+            table(["seconds from process start to", *spread], stages),
+            "",
+            table(["importing furiosa_llm.client.Client, s", *spread], imports),
         ]
     )
     print(shown)

@@ -258,17 +258,25 @@ def check_logits(
         assert difference.mean() < mean_bound
 
 
+def attends_in_bf16(isa: str) -> bool:
+    if isa != "avx512":
+        return isa == "amx"
+    cpu = Path("/proc/cpuinfo").read_text()
+    return "AuthenticAMD" in cpu and "avx512_bf16" in cpu
+
+
 def logits_bounds(weights: str, kv_cache_dtype: str, isa: str = "") -> tuple[float, float]:
     """How far logits (of a spread of about 10) may be from the reference's: at most, on average.
 
     Sums in another order differ in the last bits. Where values are rounded on the way, one at the
     edge of a step may then fall to the other side: rarely to another bf16 in the cache, by 1/256 of
     itself in activations rounded for bf16 weights, by 1/127 of its group's (an int8 cache: its
-    head's) largest in activations quantised for int4, and by 1/64 for int8. With a bf16 cache, AMX
-    rounds queries and probabilities to bf16, by 1/512 at most, the reference neither: so every
-    input differs a little, and of those that are quantised many fall to the other side.
+    head's) largest in activations quantised for int4, and by 1/64 for int8. With a bf16 cache,
+    families that attend in bf16 round queries and probabilities to it, by 1/512 at most, the
+    reference neither: so every input differs a little, and of those that are quantised many fall
+    to the other side.
     """
-    is_rounded = isa == "amx" and kv_cache_dtype == "bf16"
+    is_rounded = kv_cache_dtype == "bf16" and attends_in_bf16(isa)
     if weights in ("int8", "int4"):
         return (0.8, 0.13) if is_rounded else (0.5, 0.05)
     if weights == "bf16" or is_rounded:

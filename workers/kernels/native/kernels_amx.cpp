@@ -50,6 +50,8 @@ constexpr auto quantize16 = quantize;
 
 #include "matmul_amx.h"
 
+#include "attention_halves.h"
+
 #include "attention_amx.h"
 
 }  // namespace amx
@@ -89,7 +91,7 @@ KernelTable amx_kernels() {
   table.matmul[kInt8] = amx::matmul_amx_int8;
   table.matmul[kInt4] = amx::matmul_amx_int4;
   table.quantize = amx::quantize_amx;
-  table.attention = amx::attention<amx::TileAttention>;
+  table.attention = amx::attention<amx::HalvesAttention<amx::AttentionProducts>>;
   return table;
 }
 

@@ -44,9 +44,22 @@ using AttentionTiles = NoTiles;
 constexpr auto quantize16 = quantize;
 constexpr auto swiglu16 = swiglu;
 constexpr auto bf16_from_float16 = bf16_from_float;
+constexpr auto attention16 = attention<AttentionTiles>;
 #else
 #include "attention_avx512.h"
 #include "row_kernels_avx512.h"
+
+#include "attention_halves.h"
+
+#include "attention_dots_avx512.h"
+
+void attention16(const AttentionTask& task) {
+  if (task.kv_dtype == kBf16 && has_fast_bf16_dot()) {
+    attend<HalvesAttention<AttentionProducts>, uint16_t>(task);
+  } else {
+    attention<AttentionTiles>(task);
+  }
+}
 #endif
 
 }  // namespace avx512
@@ -82,7 +95,7 @@ const KernelTable kAvx512Kernels = {
     avx512::rotate,
     avx512::bf16_from_float16,
     avx512::quantize_head,
-    avx512::attention<avx512::AttentionTiles>,
+    avx512::attention16,
     avx512::merge_attention,
     avx512::max_finite,
     avx512::exp_double,

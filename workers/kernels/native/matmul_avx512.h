@@ -198,7 +198,8 @@ SIMD_INLINE void add_scaled(__m512 (&acc)[Rows], const __m512i (&dot)[Rows], __m
 }
 
 #if !defined(FS_EMULATE_ISA)
-// Whether bfloat16 products take vdpbf16ps, and read Activations::halves, or FMAs, and read `values`.
+// Whether bfloat16 products take vdpbf16ps, and read Activations::halves, or FMAs, and read `values`;
+// and whether attention to a bf16 cache takes it.
 // Intel's processors do it at half the rate of FMAs, which leaves nothing to gain.
 SIMD_INLINE bool has_fast_bf16_dot() {
   static const bool is_fast = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd");

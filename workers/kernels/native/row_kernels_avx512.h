@@ -83,18 +83,21 @@ void quantize_pairs16(const float* values, const Activations& x, const Matrix& w
   }
 }
 
+// 16 numbers as `bf16_from_float` makes them.
+SIMD_INLINE __m256i halves_of(__m512 values) {
+  const __m512i bits = _mm512_castps_si512(values), half = _mm512_srli_epi32(bits, 16);
+  const __m512i is_odd = _mm512_and_si512(half, _mm512_set1_epi32(1));
+  const __m512i raised = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), is_odd);
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+  const __m512i rounded = _mm512_mask_or_epi32(_mm512_srli_epi32(raised, 16), is_nan, half,
+                                               _mm512_set1_epi32(0x40));
+  return _mm512_cvtepi32_epi16(rounded);
+}
+
 void bf16_from_float16(uint16_t* y, const float* x, int n) {
   int i = 0;
   for (; i + 16 <= n; i += 16) {
-    const __m512i bits = _mm512_loadu_si512(x + i);
-    const __m512i half = _mm512_srli_epi32(bits, 16);
-    const __m512i is_odd = _mm512_and_si512(half, _mm512_set1_epi32(1));
-    const __m512i raised = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), is_odd);
-    const __mmask16 is_nan =
-        _mm512_cmp_ps_mask(_mm512_castsi512_ps(bits), _mm512_castsi512_ps(bits), _CMP_UNORD_Q);
-    const __m512i rounded = _mm512_mask_or_epi32(_mm512_srli_epi32(raised, 16), is_nan, half,
-                                                 _mm512_set1_epi32(0x40));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(y + i), _mm512_cvtepi32_epi16(rounded));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(y + i), halves_of(_mm512_loadu_ps(x + i)));
   }
   bf16_from_float(y + i, x + i, n - i);
 }

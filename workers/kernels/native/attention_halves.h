@@ -1,0 +1,199 @@
+// Attention over a bf16 cache in products of bfloat16: queries and probabilities are rounded to it, as
+// keys and values are. What is kept between pieces stays float32.
+//
+// A piece's keys are put into blocks of 16 by transposing pairs of dimensions, its values by
+// interleaving two positions; both once for all queries of a task. Order: a score sums over head_dim
+// as the family's products do, 32 dimensions at a time; acc takes 32 positions at a time, of which
+// those that a query must not see have p = 0. So a query's bits depend neither on the other queries
+// of its task nor on how much of a piece they see.
+// Included inside the family's namespace, after attention_kernel.h and row_kernels_avx512.h.
+
+constexpr int kKeyBlock = 16;  // keys, whose scores are made together
+constexpr int kStep = 32;      // dimensions or positions, which are multiplied in one go
+
+// bfloat16 in the task's scratch.
+struct HalvesRoom {
+  uint16_t* queries;        // (queries, head_dim)
+  uint16_t* keys;           // (64/16, head_dim/32) blocks: (16 pairs of dimensions, 16 keys, 2)
+  uint16_t* values;         // (64/2, head_dim, 2)
+  uint16_t* probabilities;  // (queries, 64)
+
+  HalvesRoom(float* room, int head_dim)
+      : queries(reinterpret_cast<uint16_t*>(room)),
+        keys(queries + kMaxQueries * head_dim),
+        values(keys + kPieceSize * head_dim),
+        probabilities(values + kPieceSize * head_dim) {}
+};
+
+#if defined(FS_EMULATE_ISA)
+SIMD_INLINE void transpose_pairs(uint16_t* tile, const uint16_t* const (&rows)[kKeyBlock], int d) {
+  for (int pair = 0; pair < kStep / 2; ++pair) {
+    for (int key = 0; key < kKeyBlock; ++key) {
+      std::memcpy(tile + (pair * kKeyBlock + key) * 2, rows[key] + d + 2 * pair, 4);
+    }
+  }
+}
+SIMD_INLINE void interleave(uint16_t* pairs, const uint16_t* first, const uint16_t* second) {
+  for (int d = 0; d < kStep; ++d) pairs[2 * d] = first[d], pairs[2 * d + 1] = second[d];
+}
+#else
+// From 16 keys' pairs of dimensions to 16 pairs' keys.
+SIMD_INLINE void transpose_pairs(uint16_t* tile, const uint16_t* const (&rows)[kKeyBlock],
+                                        int d) {
+  __m512i a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(rows[i] + d);
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {  // a 128-bit lane now has four keys of one pair
+    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
+    b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
+    b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
+    b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    _mm512_storeu_si512(tile + i * 32, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
+    _mm512_storeu_si512(tile + (i + 4) * 32, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0x88));
+    _mm512_storeu_si512(tile + (i + 8) * 32, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
+    _mm512_storeu_si512(tile + (i + 12) * 32, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0xdd));
+  }
+}
+
+SIMD_INLINE void interleave(uint16_t* pairs, const uint16_t* first,
+                                   const uint16_t* second) {
+  alignas(64) static constexpr uint16_t kOrder[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
+                                                      37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+                                                      11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i low = _mm512_load_si512(kOrder);
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  const __m512i a = _mm512_loadu_si512(first), b = _mm512_loadu_si512(second);
+  _mm512_storeu_si512(pairs, _mm512_permutex2var_epi16(a, low, b));
+  _mm512_storeu_si512(pairs + 32, _mm512_permutex2var_epi16(a, high, b));
+}
+#endif
+
+// The place of a position outside the piece is one inside: what is there is not seen, but finite.
+inline const uint16_t* row_of(const Piece<uint16_t>& piece, int part, int key) {
+  return piece.rows[part][std::clamp(key, piece.begin, piece.end - 1)];
+}
+
+// Share: `ahead` goes on by one in so many positions.
+template <int Share>
+SIMD_INLINE void pack_keys(uint16_t* blocks, const Piece<uint16_t>& piece, int num_blocks,
+                           int head_dim, FetchAhead* ahead) {
+  for (int first = 0; first < num_blocks * kKeyBlock; first += kKeyBlock) {
+    const uint16_t* rows[kKeyBlock];
+    for (int i = 0; i < kKeyBlock; ++i) rows[i] = row_of(piece, 0, first + i);
+    for (int d = 0; d < head_dim; d += kStep, blocks += kKeyBlock * kStep) {
+      ahead->advance(kKeyBlock / Share * kStep / head_dim);
+      transpose_pairs(blocks, rows, d);
+    }
+  }
+}
+
+template <int Share>
+SIMD_INLINE void pack_values(uint16_t* pairs, const Piece<uint16_t>& piece, int num_positions,
+                             int head_dim, FetchAhead* ahead) {
+  for (int key = 0; key < num_positions; key += 2, pairs += 2 * head_dim) {
+    if (key % Share == 0) ahead->advance(1);
+    const uint16_t *first = row_of(piece, 1, key), *second = row_of(piece, 1, key + 1);
+    for (int d = 0; d < head_dim; d += kStep) interleave(pairs + 2 * d, first + d, second + d);
+  }
+}
+
+SIMD_INLINE void correct(float* acc, float correction, int head_dim) {
+  if (correction == 1.0f) return;
+  for (int d = 0; d < head_dim; d += 8) store(acc + d, mul(load(acc + d), splat(correction)));
+}
+
+// How a family multiplies:
+//   from_floats(first, second): 32 numbers as bfloat16;
+//   kFetchShare: what packing fetches ahead meanwhile, of keys and of values; the rest is up to
+//     score and add;
+//   begin, end: around all pieces of a task;
+//   score: of all queries with num_blocks blocks of keys, which it packs as it likes; they may be
+//     elsewhere than in `scores` until take_scores;
+//   add: acc += probabilities times values, of num_steps steps of positions.
+template <class Products>
+struct HalvesAttention : AttentionTiles {
+  template <class Kv>
+  static constexpr bool kTakesPieces = sizeof(Kv) == sizeof(uint16_t);
+  static bool takes(int head_dim) { return head_dim % kStep == 0; }
+
+  // Before the first piece.
+  static void begin(const QueryState& state, int num_queries, int head_dim, float* room) {
+    const HalvesRoom halves(room, head_dim);
+    for (int i = 0; i < num_queries * head_dim; i += kStep) {
+      _mm512_storeu_si512(halves.queries + i,
+                          Products::from_floats(_mm512_loadu_ps(state.q + i),
+                                                _mm512_loadu_ps(state.q + i + 16)));
+    }
+    Products::begin(halves, num_queries, head_dim);
+  }
+  static void end() { Products::end(); }
+
+  template <class Visible>
+  static void attend(const QueryState& state, int num_queries, int head_dim,
+                     const Piece<uint16_t>& piece, FetchAhead* ahead, const Visible& visible,
+                     float* room) {
+    const HalvesRoom halves(room, head_dim);
+    const int num_blocks = (piece.end + kKeyBlock - 1) / kKeyBlock;
+    const int num_steps = (piece.end + kStep - 1) / kStep;
+    Products::score(state.scores, halves, num_queries, piece, num_blocks, head_dim, ahead);
+    // By the time this is done, scores are in the cache.
+    pack_values<Products::kFetchShare>(halves.values, piece, num_steps * kStep, head_dim, ahead);
+    Products::take_scores(state.scores, halves, num_queries, num_blocks, head_dim);
+    for (int query = 0; query < num_queries; ++query) {
+      int begin, end;
+      visible(query, &begin, &end);
+      soften_to_halves(state, query, begin > 0 ? begin : 0, end < kPieceSize ? end : kPieceSize,
+                       halves.probabilities + query * kPieceSize);
+      correct(state.acc + query * head_dim, state.corrections[query], head_dim);
+    }
+    Products::add(state.acc, halves, num_queries, num_steps, head_dim, ahead);
+  }
+
+ private:
+#if defined(FS_EMULATE_ISA)
+  static void soften_to_halves(const QueryState& state, int query, int begin, int end,
+                               uint16_t* probabilities) {
+    soften(state, query, begin, end);
+    bf16_from_float(probabilities, state.scores + query * kPieceSize, kPieceSize);
+  }
+#else
+  // As `soften`, but for the order in which probabilities are summed.
+  static SIMD_INLINE void soften_to_halves(const QueryState& state, int query, int begin, int end,
+                                           uint16_t* probabilities) {
+    if (begin >= end) {
+      std::memset(probabilities, 0, kPieceSize * sizeof(uint16_t));
+      state.corrections[query] = 1.0f;
+      return;
+    }
+    const float* scores = state.scores + query * kPieceSize;
+    const uint64_t visible = ~uint64_t{0} >> (kPieceSize - end) & ~uint64_t{0} << begin;
+    __m512 p[4];
+    for (int i = 0; i < 4; ++i) {
+      const __mmask16 lanes = static_cast<__mmask16>(visible >> (16 * i));
+      p[i] = _mm512_mask_loadu_ps(splat16(-INFINITY), lanes, scores + 16 * i);
+    }
+    const __m512 highest = _mm512_max_ps(_mm512_max_ps(p[0], p[1]), _mm512_max_ps(p[2], p[3]));
+    const float before = state.largest[query], piece_max = _mm512_reduce_max_ps(highest);
+    const float largest = before > piece_max ? before : piece_max;
+    for (__m512& x : p) x = exp16(_mm512_sub_ps(x, splat16(largest)));
+    const __m512 total = _mm512_add_ps(_mm512_add_ps(p[0], p[1]), _mm512_add_ps(p[2], p[3]));
+    _mm512_storeu_si512(probabilities, Products::from_floats(p[0], p[1]));
+    _mm512_storeu_si512(probabilities + 32, Products::from_floats(p[2], p[3]));
+    const float correction = before == largest ? 1.0f : _mm512_cvtss_f32(exp16(splat16(before - largest)));
+    state.corrections[query] = correction;
+    state.totals[query] = state.totals[query] * correction + _mm512_reduce_add_ps(total);
+    state.largest[query] = largest;
+  }
+#endif
+};
