@@ -56,7 +56,7 @@ def run_fresh(arguments: list[str]) -> list[float]:
 
 
 def import_client() -> list[float]:
-    """Seconds that a fresh process takes to import the client library: passed, and of processor."""
+    """Seconds that a fresh process takes to import the client library: elapsed, and of processor."""
     command = [sys.executable, "-c", CLIENT_IMPORT]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=60)
     return list(map(float, done.stdout.split()))
@@ -76,9 +76,9 @@ def main() -> None:
     options, arguments = parser.parse_known_args()
     arguments = ["--model", DEFAULT_MODEL, *arguments]  # a later --model wins
     about = facts()
-    measured = range(options.repeats + 1)
-    stages = summary(STAGES, [run_fresh(arguments) for _ in measured][1:])
-    imports = summary(("time", "processor time"), [import_client() for _ in measured][1:])
+    attempts = range(options.repeats + 1)  # the first is not counted
+    stages = summary(STAGES, [run_fresh(arguments) for _ in attempts][1:])
+    imports = summary(("elapsed", "processor time"), [import_client() for _ in attempts][1:])
     about |= {"arguments": " ".join(arguments), "runs": f"{options.repeats} after one to warm up"}
     spread = ["median", "least", "most"]
     shown = "\n".join(

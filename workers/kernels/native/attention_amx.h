@@ -3,7 +3,7 @@
 
 struct AttentionProducts {
   static_assert(kKeyBlock == kTileRows && kStep == kTileInputs);
-  static constexpr int kFetchShare = 2;  // that is all of it
+  static constexpr int kPositionsPerFetch = 2;  // no more are asked for elsewhere
 
   static SIMD_INLINE __m512i from_floats(__m512 first, __m512 second) {
     return bf16_from_floats(first, second);
@@ -23,7 +23,7 @@ struct AttentionProducts {
       score_few(room, num_queries, piece, num_blocks, head_dim, ahead);
       return;
     }
-    pack_keys<kFetchShare>(room.keys, piece, num_blocks, head_dim, ahead);
+    pack_keys<kPositionsPerFetch>(room.keys, piece, num_blocks, head_dim, ahead);
     for (int query = 0; query < num_queries; query += kTileRows) {
       float* of_tile = scores + query * kPieceSize;
       const uint16_t* queries = room.queries + query * head_dim;

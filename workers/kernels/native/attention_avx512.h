@@ -2,8 +2,9 @@
 // attention_kernel.h, bit for bit. A register of scores' sums holds the eight lanes of two keys; one
 // of values' sums holds 16 dimensions, each of which is a sum of its own.
 //
-// Half the instructions of the eight-lane tiles: a prompt of 4,096 takes a twelfth less time on a
-// Zen 4, where multiplying is then half of its attention, and adding up lanes and exp a quarter.
+// Half the instructions of the eight-lane tiles: a prompt of 4,096 took a twelfth less time on a
+// Zen 4, where multiplying was then half of its attention, and adding up lanes and exp a quarter. (A
+// bf16 cache goes another way there by now, attention_halves.h.)
 // Included inside the family's namespace, after attention_kernel.h.
 
 struct AttentionTiles {

@@ -7,7 +7,7 @@
 SIMD_INLINE void memory_fence() { asm volatile("" : : : "memory"); }
 
 struct AttentionProducts {
-  static constexpr int kFetchShare = 4;  // and as much while the first queries are multiplied
+  static constexpr int kPositionsPerFetch = 4;  // and likewise while the first queries are multiplied
 
   static SIMD_INLINE __m512i from_floats(__m512 first, __m512 second) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(halves_of(first)), halves_of(second), 1);
@@ -18,9 +18,9 @@ struct AttentionProducts {
 
   static void score(float* scores, const HalvesRoom& room, int num_queries,
                     const Piece<uint16_t>& piece, int num_blocks, int head_dim, FetchAhead* ahead) {
-    pack_keys<kFetchShare>(room.keys, piece, num_blocks, head_dim, ahead);
+    pack_keys<kPositionsPerFetch>(room.keys, piece, num_blocks, head_dim, ahead);
     memory_fence();
-    for_tiles(num_queries, [&](int query, auto rows) __attribute__((always_inline)) {
+    for_tiles(0, num_queries, [&](int query, auto rows) __attribute__((always_inline)) {
       constexpr int kRows = decltype(rows)::value;
       float* of_tile = scores + query * kPieceSize;
       const uint16_t* queries = room.queries + query * head_dim;
@@ -42,7 +42,7 @@ struct AttentionProducts {
   static void add(float* acc, const HalvesRoom& room, int num_queries, int num_steps,
                   int head_dim, FetchAhead* ahead) {
     memory_fence();
-    for_tiles(num_queries, [&](int query, auto rows) __attribute__((always_inline)) {
+    for_tiles(0, num_queries, [&](int query, auto rows) __attribute__((always_inline)) {
       constexpr int kRows = decltype(rows)::value;
       float* of_tile = acc + query * head_dim;
       const uint16_t* probabilities = room.probabilities + query * kPieceSize;
@@ -63,20 +63,6 @@ struct AttentionProducts {
   // Blocks in one go: enough sums to hide the latency of a product, in less than all registers.
   template <int Rows>
   static constexpr int kBlocks = Rows > 4 ? 2 : 4;
-
-  // Calls body(first, count) for tiles of the queries; count is a compile-time constant.
-  template <class Body>
-  static SIMD_INLINE void for_tiles(int num_queries, const Body& body) {
-    int query = 0;
-    for (; query + 8 <= num_queries; query += 8) body(query, Count<8>());
-    if (query + 4 <= num_queries) body(query, Count<4>()), query += 4;
-    switch (num_queries - query) {
-      case 3: body(query, Count<3>()); break;
-      case 2: body(query, Count<2>()); break;
-      case 1: body(query, Count<1>()); break;
-      default: break;
-    }
-  }
 
   // sums[b][m] += the step's 16 pairs of row m times block b's, whose pairs lie `stride` halves apart.
   template <int Rows, int Blocks>
@@ -104,7 +90,10 @@ struct AttentionProducts {
     const uint16_t* blocks = keys + block * block_stride;
     TileRows rows(queries, head_dim);
     for (int d = 0; d < head_dim; d += kStep, blocks += kKeyBlock * kStep, rows.advance(2 * kStep)) {
-      if (ahead != nullptr) ahead->advance(Blocks * kKeyBlock / kFetchShare * kStep / head_dim);
+      if (ahead != nullptr) {
+        constexpr int kCount = Blocks * kKeyBlock / kPositionsPerFetch;
+        ahead->advance((d + kStep) * kCount / head_dim - d * kCount / head_dim);
+      }
       multiply(sums, rows, blocks, block_stride, 2 * kKeyBlock);
     }
     for (int b = 0; b < Blocks; ++b) {
@@ -125,7 +114,7 @@ struct AttentionProducts {
     TileRows rows(probabilities, kPieceSize);
     const uint16_t* blocks = values + 2 * d;
     for (int step = 0; step < num_steps; ++step, blocks += kStep * head_dim, rows.advance(2 * kStep)) {
-      if (ahead != nullptr) ahead->advance(Blocks * 16 * kStep / kFetchShare / head_dim);
+      if (ahead != nullptr && d == 0) ahead->advance(kStep / kPositionsPerFetch);
       multiply(sums, rows, blocks, 32, 2 * head_dim);
     }
     for (int b = 0; b < Blocks; ++b) {

@@ -38,8 +38,7 @@ SIMD_INLINE void interleave(uint16_t* pairs, const uint16_t* first, const uint16
 }
 #else
 // From 16 keys' pairs of dimensions to 16 pairs' keys.
-SIMD_INLINE void transpose_pairs(uint16_t* tile, const uint16_t* const (&rows)[kKeyBlock],
-                                        int d) {
+SIMD_INLINE void transpose_pairs(uint16_t* tile, const uint16_t* const (&rows)[kKeyBlock], int d) {
   __m512i a[16], b[16];
   for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(rows[i] + d);
   for (int i = 0; i < 16; i += 2) {
@@ -66,8 +65,7 @@ SIMD_INLINE void transpose_pairs(uint16_t* tile, const uint16_t* const (&rows)[k
   }
 }
 
-SIMD_INLINE void interleave(uint16_t* pairs, const uint16_t* first,
-                                   const uint16_t* second) {
+SIMD_INLINE void interleave(uint16_t* pairs, const uint16_t* first, const uint16_t* second) {
   alignas(64) static constexpr uint16_t kOrder[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
                                                       37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
                                                       11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
@@ -84,25 +82,25 @@ inline const uint16_t* row_of(const Piece<uint16_t>& piece, int part, int key) {
   return piece.rows[part][std::clamp(key, piece.begin, piece.end - 1)];
 }
 
-// Share: `ahead` goes on by one in so many positions.
-template <int Share>
+// `ahead` goes on by one in so many positions.
+template <int PositionsPerFetch>
 SIMD_INLINE void pack_keys(uint16_t* blocks, const Piece<uint16_t>& piece, int num_blocks,
                            int head_dim, FetchAhead* ahead) {
   for (int first = 0; first < num_blocks * kKeyBlock; first += kKeyBlock) {
     const uint16_t* rows[kKeyBlock];
     for (int i = 0; i < kKeyBlock; ++i) rows[i] = row_of(piece, 0, first + i);
+    ahead->advance(kKeyBlock / PositionsPerFetch);
     for (int d = 0; d < head_dim; d += kStep, blocks += kKeyBlock * kStep) {
-      ahead->advance(kKeyBlock / Share * kStep / head_dim);
       transpose_pairs(blocks, rows, d);
     }
   }
 }
 
-template <int Share>
+template <int PositionsPerFetch>
 SIMD_INLINE void pack_values(uint16_t* pairs, const Piece<uint16_t>& piece, int num_positions,
                              int head_dim, FetchAhead* ahead) {
   for (int key = 0; key < num_positions; key += 2, pairs += 2 * head_dim) {
-    if (key % Share == 0) ahead->advance(1);
+    if (key % PositionsPerFetch == 0) ahead->advance(1);
     const uint16_t *first = row_of(piece, 1, key), *second = row_of(piece, 1, key + 1);
     for (int d = 0; d < head_dim; d += kStep) interleave(pairs + 2 * d, first + d, second + d);
   }
@@ -115,8 +113,8 @@ SIMD_INLINE void correct(float* acc, float correction, int head_dim) {
 
 // How a family multiplies:
 //   from_floats(first, second): 32 numbers as bfloat16;
-//   kFetchShare: what packing fetches ahead meanwhile, of keys and of values; the rest is up to
-//     score and add;
+//   kPositionsPerFetch: packing keys asks for one position ahead in so many, packing values for
+//     another; what is left of all is up to score and add;
 //   begin, end: around all pieces of a task;
 //   score: of all queries with num_blocks blocks of keys, which it packs as it likes; they may be
 //     elsewhere than in `scores` until take_scores;
@@ -148,7 +146,7 @@ struct HalvesAttention : AttentionTiles {
     const int num_steps = (piece.end + kStep - 1) / kStep;
     Products::score(state.scores, halves, num_queries, piece, num_blocks, head_dim, ahead);
     // By the time this is done, scores are in the cache.
-    pack_values<Products::kFetchShare>(halves.values, piece, num_steps * kStep, head_dim, ahead);
+    pack_values<Products::kPositionsPerFetch>(halves.values, piece, num_steps * kStep, head_dim, ahead);
     Products::take_scores(state.scores, halves, num_queries, num_blocks, head_dim);
     for (int query = 0; query < num_queries; ++query) {
       int begin, end;

@@ -205,8 +205,8 @@ void Engine::attention_block(const FsBatch& batch, int layer) {
                   weights.gate_up);
 }
 
-// The rows of the residual stream, and of q, become those of the sampled tokens. None moves back,
-// since sampled rows ascend.
+// The rows of the residual stream, and of q, become those of the sampled tokens. Each stays or moves
+// to the front, for sampled rows ascend; so none overwrites one that is still to be moved.
 void Engine::keep_sampled(const FsBatch& batch) {
   num_rows_ = batch.num_samples;
   for (int i = 0; i < num_rows_; ++i) {

@@ -12,9 +12,9 @@
 
 namespace furiosa {
 
-// The left operand of a matmul. fp32 weights read `values`; bf16 ones `values` or `halves`, which
-// then are the same numbers; quantised ones the other fields. The AMX family has `halves` in its own
-// order, in whole blocks of 16 rows.
+// The left operand of a matmul. fp32 weights read `values`; bf16 ones `values`, rounded, or `halves`,
+// whichever the family's products take, and the other is not to be read then; quantised ones the other
+// fields. The AMX family has `halves` in its own order, in whole blocks of 16 rows.
 struct Activations {
   int cols;
   float* values;       // (rows, cols)

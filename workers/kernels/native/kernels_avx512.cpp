@@ -1,6 +1,7 @@
-// The AVX-512 kernel family, for CPUs with VNNI. Products, the attention of many queries, quantising
-// and SwiGLU use 16 lanes; the other kernels are those of the AVX2 family, compiled once more with
-// 32 registers to keep values in.
+// The AVX-512 kernel family, for CPUs with VNNI. Products, the attention of many queries, rounding,
+// quantising and SwiGLU use 16 lanes; the other kernels are those of the AVX2 family, compiled once
+// more with 32 registers to keep values in. With AVX512-BF16, bf16 weights and attention to a bf16
+// cache take its products where they are fast.
 #if defined(__x86_64__)
 
 #if !defined(__clang__)
@@ -39,7 +40,7 @@ namespace avx512 {
 
 #include "matmul_avx512.h"
 
-#if defined(FS_EMULATE_ISA)  // without what is the same bits as the AVX2 family's anyway
+#if defined(FS_EMULATE_ISA)  // without AVX512-BF16, and what is the same bits as the AVX2 family's anyway
 using AttentionTiles = NoTiles;
 constexpr auto quantize16 = quantize;
 constexpr auto swiglu16 = swiglu;

@@ -119,7 +119,8 @@ SIMD_INLINE __m512 times_float(__m512 factor, const TileRows& floats) {
 }
 #else
 // The instructions on one row, in assembly, since GCC 12 would load its numbers by one of their own.
-// Nothing that is inlined together with these functions writes what they read.
+// Nothing that is inlined together with these functions writes what they read, but in
+// attention_dots_avx512.h, which takes care of it.
 #define TILE_DOT(ROW, PLACE, INSTRUCTION)                                          \
   if constexpr (Row == ROW) {                                                      \
     asm volatile(INSTRUCTION " %c[offset]" PLACE "%{1to16%}, %[weights], %[sums]"  \
@@ -166,15 +167,11 @@ SIMD_INLINE __m512 times_float(__m512 factor, const TileRows& floats) {
 }
 #endif
 
-// Calls body(Index<0>()), ..., body(Index<N - 1>()).
-template <int N>
-struct Index {
-  static constexpr int value = N;
-};
+// Calls body(Count<0>()), ..., body(Count<N - 1>()).
 template <int N, int First = 0, class Body>
 SIMD_INLINE void unrolled(const Body& body) {
   if constexpr (First < N) {
-    body(Index<First>());
+    body(Count<First>());
     unrolled<N, First + 1>(body);
   }
 }
@@ -199,8 +196,8 @@ SIMD_INLINE void add_scaled(__m512 (&acc)[Rows], const __m512i (&dot)[Rows], __m
 
 #if !defined(FS_EMULATE_ISA)
 // Whether bfloat16 products take vdpbf16ps, and read Activations::halves, or FMAs, and read `values`;
-// and whether attention to a bf16 cache takes it.
-// Intel's processors do it at half the rate of FMAs, which leaves nothing to gain.
+// and whether attention to a bf16 cache takes it. Intel's processors do it at half the rate of FMAs,
+// which leaves nothing to gain in products; attention was not tried there.
 SIMD_INLINE bool has_fast_bf16_dot() {
   static const bool is_fast = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd");
   return is_fast;
@@ -328,6 +325,19 @@ SIMD_INLINE void run_tile16(const Matrix& w, int panel, const Activations& x, in
   for (int m = 0; m < Rows; ++m) store_outputs(acc[m], w, panel, row + m, out);
 }
 
+// Calls body(first, Count<N>()) for tiles of 8, 4 and fewer of the rows [row, row_end).
+template <class Body>
+SIMD_INLINE void for_tiles(int row, int row_end, const Body& body) {
+  for (; row + 8 <= row_end; row += 8) body(row, Count<8>());
+  if (row + 4 <= row_end) body(row, Count<4>()), row += 4;
+  switch (row_end - row) {
+    case 3: body(row, Count<3>()); break;
+    case 2: body(row, Count<2>()); break;
+    case 1: body(row, Count<1>()); break;
+    default: break;
+  }
+}
+
 // One panel times rows [row, row_end): eight rows a tile, whose sums and products fill half of the
 // registers and hide the latency of vpdpbusd.
 template <template <int> class Kernel>
@@ -336,14 +346,9 @@ SIMD_INLINE void run_panel16(const Matrix& w, int panel, const Activations& x, i
   if (row == row_end) return;
   const int num_tiles = (row_end - row + 7) / 8;  // or one more
   PanelFetch fetch(w, panel + 1, 1, int64_t{num_tiles} * ((w.cols + kGroupSize - 1) / kGroupSize));
-  for (; row + 8 <= row_end; row += 8) run_tile16<Kernel, 8>(w, panel, x, row, out, fetch);
-  if (row + 4 <= row_end) run_tile16<Kernel, 4>(w, panel, x, row, out, fetch), row += 4;
-  switch (row_end - row) {
-    case 3: run_tile16<Kernel, 3>(w, panel, x, row, out, fetch); break;
-    case 2: run_tile16<Kernel, 2>(w, panel, x, row, out, fetch); break;
-    case 1: run_tile16<Kernel, 1>(w, panel, x, row, out, fetch); break;
-    default: break;
-  }
+  for_tiles(row, row_end, [&](int first, auto rows) __attribute__((always_inline)) {
+    run_tile16<Kernel, decltype(rows)::value>(w, panel, x, first, out, fetch);
+  });
 }
 
 // All rows of the range against one panel after the other: a panel stays in the first-level cache.
