@@ -56,7 +56,7 @@ def run_fresh(arguments: list[str]) -> list[float]:
 
 
 def import_client() -> list[float]:
-    """Seconds that a fresh process takes to import the client library: elapsed, and of processor."""
+    """Seconds to import the client library in a fresh process: elapsed, and of processor time."""
     command = [sys.executable, "-c", CLIENT_IMPORT]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=60)
     return list(map(float, done.stdout.split()))
