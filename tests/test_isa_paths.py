@@ -17,8 +17,10 @@ import native_builds
 import numpy as np
 import pytest
 import test_native
+import test_native_matmul
 from step_batches import Row, step_batch
-from test_native import PROMPTS, all_logits, blocks_of, packed_tensor
+from test_native import PROMPTS, all_logits, blocks_of
+from test_native_matmul import packed_tensor
 from tiny_models import tiny_artifact
 
 from furiosa_llm.errors import InvalidRequestError
@@ -115,7 +117,7 @@ def test_integer_sums_are_exact(isa: str, dtype: str, cols: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(16, 32), (37, 160)])
 def test_products_are_right(isa: str, dtype: str, shape: tuple[int, int]) -> None:
-    test_native.test_matmul_is_the_product(isa, dtype, shape)
+    test_native_matmul.test_matmul_is_the_product(isa, dtype, shape)
 
 
 @pytest.mark.usefixtures("emulated")
@@ -162,7 +164,7 @@ def test_floats_in_columns_that_fill_no_tile(isa: str, cols: int) -> None:
         tensor, x = random_tensor(dtype, 33, cols), random_inputs(21, cols)
         y = native.matmul(tensor, x, isa=isa)
         weights = tensor.unpack()
-        inputs = test_native.rounded_as_kernels_do(x, tensor).astype(np.float64)
+        inputs = test_native_matmul.rounded_as_kernels_do(x, tensor).astype(np.float64)
         np.testing.assert_allclose(y, inputs @ weights.T, rtol=1e-4, atol=1e-4)
         assert np.array_equal(native.matmul(tensor, x[:5], isa=isa), y[:5])
 

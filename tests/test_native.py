@@ -7,26 +7,19 @@ import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from step_batches import Row, Sampling, step_batch
+from test_native_sampling import assert_same
 from tiny_models import ARCHITECTURES, VOCAB_SIZE, tiny_artifact
 
 from furiosa_llm.errors import EngineShutDownError, FuriosaLLMError, InvalidRequestError
 from furiosa_llm.workers import sampler
-from furiosa_llm.workers.artifact.artifact import Artifact, Tensor
-from furiosa_llm.workers.artifact.packing import from_bf16, pack_matrix, pack_quantized, to_bf16
-from furiosa_llm.workers.artifact.quantize import quantize
-from furiosa_llm.workers.artifact.rotation import hadamard
-from furiosa_llm.workers.artifact.sizes import scale_group
-from furiosa_llm.workers.executor import StepResult
-from furiosa_llm.workers.kernels import native, native_library
+from furiosa_llm.workers.artifact.artifact import Artifact
+from furiosa_llm.workers.kernels import native_library
 from furiosa_llm.workers.kernels.native import NativeExecutor
 from furiosa_llm.workers.kernels.reference import ReferenceExecutor
 
@@ -75,118 +68,6 @@ def blocks_of(sequence: int, block_size: int = 16) -> list[int]:
     """A scattered block table for 128 tokens, apart from every other sequence's."""
     count = 128 // block_size
     return [sequence + 4 * i for i in reversed(range(count))]
-
-
-# ---- one matrix product ------------------------------------------------------------------------
-
-
-def packed_tensor(values: np.ndarray, dtype: str) -> Tensor:
-    """`dtype` int4-min is int4 with mins; int8-file is not rotated, like blocks from a file."""
-    is_min, rotated = dtype == "int4-min", dtype in ("int8", "int4", "int4-min")
-    if is_min:
-        packed = pack_quantized(quantize(values, "int4").with_mins())
-    elif dtype == "int8-file":
-        packed = pack_quantized(quantize(values, "int8", rotated=False))
-    else:
-        packed = pack_matrix(values, dtype)
-    room = np.zeros(len(packed) + 64, np.uint8)
-    start = -room.ctypes.data % 64
-    room[start : start + len(packed)] = packed
-    data = room[start : start + len(packed)]
-    return Tensor(dtype[:4], *values.shape, is_min, rotated, data)
-
-
-def rounded_as_kernels_do(x: np.ndarray, tensor: Tensor) -> np.ndarray:
-    """The values that inputs stand for when they are multiplied with this matrix."""
-    if tensor.dtype == "fp32":
-        return x
-    return from_bf16(to_bf16(x)) if tensor.dtype == "bf16" else quantized_as_kernels_do(x, tensor)
-
-
-def quantized_as_kernels_do(x: np.ndarray, tensor: Tensor) -> np.ndarray:
-    """The values that inputs stand for once they are quantised for this matrix."""
-    group = scale_group(tensor.cols, tensor.dtype, tensor.rotated)
-    groups = (hadamard(x) if tensor.rotated else x).reshape(len(x), -1, group)
-    levels = 64 if tensor.rotated and tensor.dtype == "int8" else 127
-    largest = np.abs(groups).max(axis=2, keepdims=True)
-    scales = largest / np.float32(levels)
-    inverse = np.divide(np.float32(levels), largest, out=np.zeros_like(scales), where=scales > 0)
-    values = np.rint(groups * inverse).astype(np.float64) * scales
-    if tensor.rotated:  # back: the transform is its own inverse but for a factor
-        values = hadamard(values.reshape(x.shape)) / 32
-    return values.reshape(x.shape)
-
-
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("dtype", [*WEIGHTS, "int4-min", "int8-file"])
-@pytest.mark.parametrize("shape", [(16, 32), (37, 160), (112, 64), (37, 192)])
-def test_matmul_is_the_product(isa: str, dtype: str, shape: tuple[int, int]) -> None:
-    rng = np.random.default_rng(1)
-    tensor = packed_tensor(rng.standard_normal(shape).astype(np.float32), dtype)
-    x = rng.standard_normal((13, shape[1])).astype(np.float32)
-    x[4, :32] = 0
-    weights = tensor.unpack().astype(np.float64)
-    inputs = rounded_as_kernels_do(x, tensor).astype(np.float64)
-
-    y = native.matmul(tensor, x, isa=isa)
-
-    # Left-to-right float32 sums: an ulp of the running sum at each of the terms, at worst.
-    bound = 2.0**-23 * shape[1] * (np.abs(inputs) @ np.abs(weights).T) / 8 + 1e-6
-    assert (np.abs(y - inputs @ weights.T) <= bound).all()
-
-
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("dtype", [*WEIGHTS, "int4-min", "int8-file"])
-def test_matmul_bits_do_not_depend_on_the_number_of_rows(isa: str, dtype: str) -> None:
-    rng = np.random.default_rng(2)
-    tensor = packed_tensor(rng.standard_normal((40, 96)).astype(np.float32), dtype)
-    x = rng.standard_normal((17, 96)).astype(np.float32)
-    whole = native.matmul(tensor, x, isa=isa)
-    for count in range(1, 17):
-        assert np.array_equal(native.matmul(tensor, x[:count], isa=isa), whole[:count])
-
-
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("dtype", [*WEIGHTS, "int4-min", "int8-file"])
-def test_matmul_of_many_rows_unpacks_panels_without_changing_a_bit(isa: str, dtype: str) -> None:
-    """Rows enough for every way that a kernel has, inputs enough for several chunks of a panel."""
-    rng = np.random.default_rng(4)
-    tensor = packed_tensor(rng.standard_normal((20, 1600)).astype(np.float32), dtype)
-    x = rng.standard_normal((130, 1600)).astype(np.float32)
-    x[7] = 0
-    one_by_one = np.concatenate([native.matmul(tensor, row[None], isa=isa) for row in x])
-    for count in (24, 27, 28, 39, 40, 65, 130):
-        assert np.array_equal(native.matmul(tensor, x[:count], isa=isa), one_by_one[:count])
-
-
-@pytest.mark.parametrize("isa", ISAS)
-def test_inputs_of_bf16_weights_are_rounded_half_to_even(isa: str) -> None:
-    """Ties both ways and their neighbours, times the identity; more than whole vectors of them."""
-    size = 90
-    tensor = packed_tensor(np.eye(size, dtype=np.float32), "bf16")
-    upper = np.random.default_rng(6).integers(0x3D00, 0x4300, 3 * size).astype(np.uint32)
-    lower = np.resize(np.array([0x8000, 0x7FFF, 0x8001, 0, 0xFFFF], np.uint32), 3 * size)
-    x = (upper << 16 | lower).view(np.float32).reshape(3, size).copy()
-    x[1] *= -1
-    assert np.array_equal(native.matmul(tensor, x, isa=isa), from_bf16(to_bf16(x)))
-    x[2, 70] = np.uint32(0x7FFFFFFF).view(np.float32)  # a NaN that rounding would turn into -0
-    x[1, 89] = -x[2, 70]
-    assert np.isnan(native.matmul(tensor, x, isa=isa)[1:]).all()
-
-
-def test_matmul_extremes_stay_exact() -> None:
-    """All inputs and all weights at their largest: no integer sum saturates."""
-    for dtype, q, value in (("int8", -128, -128.0), ("int4", 0, -8.0), ("int4", 15, 7.0)):
-        tensor = replace(packed_tensor(np.ones((16, 32), np.float32), dtype), rotated=False)
-        bytes_ = tensor.data.copy()
-        num_data = 16 * 32 // (1 if dtype == "int8" else 2)
-        bytes_[:num_data] = np.int8(q).view(np.uint8) if dtype == "int8" else q * 17
-        bytes_[num_data : num_data + 32] = np.ones(16, np.float16).view(np.uint8)
-        tensor.data[:] = bytes_
-        for isa in ISAS:
-            for num_rows in (5, 48):
-                y = native.matmul(tensor, np.full((num_rows, 32), -127, np.float32), isa=isa)
-                assert (y == value * -127 * 32).all()
 
 
 # ---- the whole step ----------------------------------------------------------------------------
@@ -248,7 +129,8 @@ def test_logits_where_a_width_is_not_whole_groups(
     options = {"num_blocks": 64, "block_size": 16, "kv_cache_dtype": "fp32"}
     executor = make_executor(artifact, isa=isa, **options)
     reference = ReferenceExecutor(artifact, **options)
-    check_logits(executor, reference, logits_bounds(weights, "fp32"))
+    bounds = logits_bounds(weights, "fp32", isa, artifact.config.head_dim)
+    check_logits(executor, reference, bounds)
 
 
 def check_logits(
@@ -272,7 +154,7 @@ def attends_in_bf16(isa: str) -> bool:
 
 
 def logits_bounds(
-    weights: str, kv_cache_dtype: str, isa: str = "", head_dim: int = 0
+    weights: str, kv_cache_dtype: str, isa: str, head_dim: int
 ) -> tuple[float, float]:
     """How far logits (of a spread of about 10) may be from the reference's: at most, on average.
 
@@ -474,84 +356,6 @@ def test_more_sampling_rows_than_one_round_of_logits(
         alone = executor.execute(step_batch([Row(0, [i], [0], Sampling(num_logprobs=2))]))
         assert alone.token_ids[0] == result.token_ids[i]
         assert np.array_equal(alone.top_logprobs[0], result.top_logprobs[i])
-
-
-# ---- sampling ----------------------------------------------------------------------------------
-
-
-def assert_same(actual: StepResult, expected: StepResult) -> None:
-    assert np.array_equal(actual.token_ids, expected.token_ids)
-    assert np.array_equal(actual.ranks, expected.ranks)
-    assert np.array_equal(actual.top_token_ids, expected.top_token_ids)
-    np.testing.assert_allclose(actual.logprobs, expected.logprobs, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(actual.top_logprobs, expected.top_logprobs, rtol=1e-5, atol=1e-5)
-
-
-samplings = st.builds(
-    Sampling,
-    temperature=st.sampled_from([0.0, 0.3, 1.0, 4.0]),
-    top_k=st.sampled_from([0, 1, 5, 100, 2000]),
-    top_p=st.sampled_from([1.0, 0.95, 0.5, 0.01]),
-    min_p=st.sampled_from([0.0, 0.05, 1.0]),
-    repetition_penalty=st.sampled_from([1.0, 1.3, 0.5]),
-    presence_penalty=st.sampled_from([0.0, 0.7, -2.0]),
-    frequency_penalty=st.sampled_from([0.0, 0.3, 2.0, -0.1]),
-    seed=st.integers(0, 2**64 - 1),
-    choice_index=st.integers(0, 7),
-    num_logprobs=st.sampled_from([-1, 0, 4]),
-    history=st.lists(st.integers(0, 999) | st.integers(0, 5), max_size=30),
-    biases=st.dictionaries(
-        st.integers(0, 999), st.sampled_from([-100.0, -0.3, 0.0, 4.5, 100.0]), max_size=6
-    ).map(lambda biases: sorted(biases.items())),
-    suppressed=st.lists(st.integers(0, 999), max_size=8),
-)
-
-
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(
-    rows=st.lists(samplings, min_size=1, max_size=4),
-    seed=st.integers(0, 1000),
-    has_ties=st.booleans(),
-    position=st.integers(1, 2**31 - 1),
-)
-def test_sampling_equals_the_numpy_sampler(
-    rows: list[Sampling], seed: int, has_ties: bool, position: int
-) -> None:
-    logits = np.random.default_rng(seed).standard_normal((len(rows), 1000)).astype(np.float32) * 3
-    if has_ties:
-        logits = np.round(logits)
-    rng = np.random.default_rng(seed)
-    rows = [replace(r, history_prompt_len=int(rng.integers(len(r.history) + 1))) for r in rows]
-    batch = step_batch([Row(position - 1, [0], [], row) for row in rows])
-    expected = sampler.sample(logits, batch)
-    for isa in ISAS:
-        assert_same(native.sample(logits, batch, isa=isa), expected)
-
-
-@pytest.mark.parametrize("isa", ISAS)
-def test_sampling_follows_the_probabilities(isa: str) -> None:
-    probabilities = np.array([0.5, 0.25, 0.2, 0.05])
-    logits = np.tile(np.log(probabilities).astype(np.float32), (4000, 1))
-    rows = [Row(7, [0], [], Sampling(temperature=1.0, seed=seed)) for seed in range(4000)]
-    counts = np.bincount(native.sample(logits, step_batch(rows), isa=isa).token_ids, minlength=4)
-    assert np.abs(counts / 4000 - probabilities).max() < 0.03  # four standard deviations
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("place", [0, 8, 96])
-def test_logits_that_are_not_finite_are_refused(bad: float, place: int) -> None:
-    logits = np.zeros((2, 97), np.float32)
-    logits[1, place] = bad
-    batch = step_batch([Row(0, [0], []), Row(0, [0], [])])
-    for isa in ISAS:
-        with pytest.raises(FuriosaLLMError, match="row 1: the model's logits are NaN or infinite"):
-            native.sample(logits, batch, isa=isa)
-
-
-def test_suppressing_everything_is_refused() -> None:
-    batch = step_batch([Row(0, [0], [], Sampling(suppressed=range(8)))])
-    with pytest.raises(InvalidRequestError, match="every token"):
-        native.sample(np.zeros((1, 8), np.float32), batch)
 
 
 # ---- refusals ----------------------------------------------------------------------------------
