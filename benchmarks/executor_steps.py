@@ -23,6 +23,7 @@ import numpy as np
 from furiosa_llm.scheduler.params import SequenceParams
 from furiosa_llm.scheduler.step_plan import StepPlan, StepRow
 from furiosa_llm.workers.artifact.artifact import Artifact
+from furiosa_llm.workers.artifact.sizes import weight_type
 from furiosa_llm.workers.batch import BatchBuilder
 from furiosa_llm.workers.executor import StepBatch
 from furiosa_llm.workers.kernels.native import NativeExecutor
@@ -152,7 +153,8 @@ def _ops(artifact: Artifact, names: list[str]) -> dict[str, int]:
     ops: dict[str, int] = {}
     for name in names:
         tensor = artifact.tensor(name)
-        ops[tensor.dtype] = ops.get(tensor.dtype, 0) + 2 * tensor.rows * tensor.cols
+        kind = weight_type(tensor.dtype)
+        ops[kind] = ops.get(kind, 0) + 2 * tensor.rows * tensor.cols
     return ops
 
 

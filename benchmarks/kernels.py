@@ -25,6 +25,7 @@ from machine import facts, num_cores, results_path, table
 
 from furiosa_llm.workers.artifact.artifact import Tensor
 from furiosa_llm.workers.artifact.packing import pack_matrix
+from furiosa_llm.workers.artifact.sizes import weight_type
 from furiosa_llm.workers.kernels.native_library import resolve_isa
 from furiosa_llm.workers.kernels.native_timing import time_attention, time_matmul
 from furiosa_llm.workers.kernels.reference_matmul import load_matrix
@@ -32,7 +33,7 @@ from furiosa_llm.workers.kernels.reference_ops import attend
 
 # Together more than the last-level cache of most machines, so that each call reads memory.
 WORKING_SET_NBYTES = 128 << 20
-DTYPES = ("int8", "int4", "bf16", "fp32")
+DTYPES = ("int8", "nested4", "bf16", "fp32")
 KV_DTYPES = ("bf16", "int8", "fp32")
 NUM_ROWS = (1, 4, 16, 64, 512)
 # (sequences, new tokens of each, context)
@@ -78,7 +79,7 @@ def matrices_of(rows: int, cols: int, dtype: str) -> list[Tensor]:
     values = np.random.default_rng(0).standard_normal((rows, cols), np.float32)
     packed = pack_matrix(values, dtype)
     count = -(-WORKING_SET_NBYTES // len(packed))
-    rotated = dtype in ("int8", "int4")
+    rotated = dtype not in ("bf16", "fp32")
     return [Tensor(dtype, rows, cols, False, rotated, aligned(packed)) for _ in range(count)]
 
 
@@ -145,7 +146,7 @@ def matmul_rows(
                     elapsed,
                     reference_s,
                 )
-                yield call.row(of, of.arithmetic(isa, dtype))
+                yield call.row(of, of.arithmetic(isa, weight_type(dtype)))
 
 
 def attention_rows(

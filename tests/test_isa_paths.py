@@ -1,8 +1,8 @@
 """The AVX-512, AMX and NEON kernel families, on a machine that need not have them.
 
 AVX-512 and AMX run in a build whose instructions are emulated (native_emulation/); NEON in a real
-AArch64 build under qemu, where both are installed. The families promise more than closeness: int8,
-int4 and fp32 products have the same bits in avx2, avx512 and amx, tiles or not.
+AArch64 build under qemu, where both are installed. The families promise more than closeness:
+integer and fp32 products have the same bits in avx2, avx512 and amx, tiles or not.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import native_builds
@@ -20,7 +21,7 @@ import test_native
 import test_native_matmul
 from step_batches import Row, step_batch
 from test_native import PROMPTS, all_logits, blocks_of
-from test_native_matmul import packed_tensor
+from test_native_matmul import DTYPES, aligned_tensor, is_whole, packed_tensor
 from tiny_models import tiny_artifact
 
 from furiosa_llm.errors import InvalidRequestError
@@ -33,7 +34,6 @@ from furiosa_llm.workers.kernels import native, native_library
 from furiosa_llm.workers.kernels.native import NativeExecutor
 
 EMULATED = ("avx512", "amx")
-DTYPES = ("fp32", "bf16", "int8", "int8-file", "int4", "int4-min")
 # Below, at and above the rows of a register tile (8) and an AMX tile (16), and what is left over.
 NUM_ROWS = (1, 2, 3, 5, 8, 12, 15, 16, 17, 21, 22, 31, 48)
 
@@ -69,36 +69,46 @@ def random_inputs(rows: int, cols: int) -> np.ndarray:
 
 def exact_tensor(dtype: str, q: np.ndarray) -> Tensor:
     """Integers with scales that are powers of two, so that every sum is exact in float32."""
-    rotated = dtype == "int8-rotated"
-    groups = q.shape[1] // scale_group(q.shape[1], dtype[:4], rotated)
+    kind, _, variant = dtype.partition("-")
+    rotated = variant == "rotated"
+    groups = q.shape[1] // scale_group(q.shape[1], kind, rotated)
     scales = 2.0 ** (np.arange(q.shape[0] * groups).reshape(len(q), groups) % 3)
-    mins = -5.0 * scales if dtype == "int4-min" else None
+    mins = -5.0 * scales if variant == "min" else None
     blocks = QuantizedRows(
-        q.astype(np.int8 if dtype.startswith("int8") else np.uint8),
+        q.astype(np.int8 if kind == "int8" else np.uint8),
         scales.astype(np.float16),
         None if mins is None else mins.astype(np.float16),
         rotated,
     )
-    packed = pack_quantized(blocks)
-    room = np.zeros(len(packed) + 64, np.uint8)
-    start = -room.ctypes.data % 64
-    room[start : start + len(packed)] = packed
-    data = room[start : start + len(packed)]
-    return Tensor(dtype[:4], *q.shape, mins is not None, rotated, data)
+    if kind == "nested4":  # every factor, and the shifts that still give an int8
+        factors = (np.arange(len(q) * groups * 2).reshape(len(q), -1) % 15 + 1).astype(np.uint8)
+        low, high = 8 * factors.astype(int) - 128, 127 - 7 * factors.astype(int)
+        shifts = np.where(np.arange(len(q))[:, None] % 2 == 0, low, high).astype(np.int8)
+        blocks = replace(blocks, factors=factors, shifts=shifts)
+    return aligned_tensor(
+        kind, pack_quantized(blocks), q.shape, has_min=mins is not None, rotated=rotated
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("isa", ["avx2", *EMULATED])
-@pytest.mark.parametrize("cols", [96, 128])
-@pytest.mark.parametrize("dtype", ["int8", "int8-rotated", "int4", "int4-min"])
+@pytest.mark.parametrize(
+    ("dtype", "cols"),
+    [
+        (dtype, cols)
+        for dtype in ("int8", "int8-rotated", "int4", "int4-min", "nested4", "nested4-rotated")
+        for cols in (96, 128)
+        if is_whole(dtype, cols)
+    ],
+)
 def test_integer_sums_are_exact(isa: str, dtype: str, cols: int) -> None:
     random = np.random.default_rng(7)
     low, high = (-128, 128) if dtype.startswith("int8") else (0, 16)
     q = random.integers(low, high, (40, cols))
     q[:2], q[2:4] = low, high - 1  # what saturates first
     tensor = exact_tensor(dtype, q)
-    most = 64 if tensor.rotated else 127
+    most = 64 if dtype == "int8-rotated" else 127
     inputs = random.integers(-most, most + 1, (48, cols))
     inputs[:, ::32] = most  # the largest of each group: its scale is 1, its quants these numbers
     inputs[3], inputs[4] = most, -most
@@ -114,8 +124,15 @@ def test_integer_sums_are_exact(isa: str, dtype: str, cols: int) -> None:
 
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("isa", EMULATED)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(16, 32), (37, 160)])
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [
+        (dtype, shape)
+        for shape in [(16, 32), (37, 160), (37, 192)]
+        for dtype in DTYPES
+        if is_whole(dtype, shape[1])
+    ],
+)
 def test_products_are_right(isa: str, dtype: str, shape: tuple[int, int]) -> None:
     test_native_matmul.test_matmul_is_the_product(isa, dtype, shape)
 
@@ -138,7 +155,9 @@ def test_families_of_this_cpu_agree_bit_for_bit(dtype: str, num_rows: int) -> No
 
 
 def check_agreement(dtype: str, num_rows: int, isas: Sequence[str]) -> None:
-    for shape in [(40, 96), (7, 160), (21, 128)]:
+    for shape in [(40, 96), (7, 160), (21, 128), (40, 192)]:
+        if not is_whole(dtype, shape[1]):
+            continue
         tensor, x = random_tensor(dtype, *shape), random_inputs(num_rows, shape[1])
         expected = native.matmul(tensor, x, isa="avx2")
         for isa in isas:
@@ -149,7 +168,7 @@ def check_agreement(dtype: str, num_rows: int, isas: Sequence[str]) -> None:
 @pytest.mark.parametrize("isa", EMULATED)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_do_not_depend_on_the_number_of_rows(isa: str, dtype: str) -> None:
-    tensor, x = random_tensor(dtype, 40, 96), random_inputs(48, 96)
+    tensor, x = random_tensor(dtype, 40, 192), random_inputs(48, 192)
     whole = native.matmul(tensor, x, isa=isa)
     for count in NUM_ROWS:
         assert np.array_equal(native.matmul(tensor, x[:count], isa=isa), whole[:count])

@@ -9,29 +9,47 @@ import pytest
 
 from furiosa_llm.workers.artifact.artifact import Tensor
 from furiosa_llm.workers.artifact.packing import from_bf16, pack_matrix, pack_quantized, to_bf16
-from furiosa_llm.workers.artifact.quantize import quantize
+from furiosa_llm.workers.artifact.quantize import QuantizedRows, quantize
 from furiosa_llm.workers.artifact.rotation import hadamard
-from furiosa_llm.workers.artifact.sizes import scale_group
+from furiosa_llm.workers.artifact.sizes import cols_multiple, scale_group
 from furiosa_llm.workers.kernels import native, native_library
 
 ISAS = native_library.available_isas()
 WEIGHTS = ("fp32", "bf16", "int8", "int4")
+# int8-file, nested4-plain: not rotated, as blocks from a file and weights on a grid are.
+DTYPES = (*WEIGHTS, "int4-min", "int8-file", "nested4", "nested4-plain")
+
+
+def is_whole(dtype: str, cols: int) -> bool:
+    """Whether rows of so many columns are whole groups."""
+    return cols % cols_multiple(dtype.partition("-")[0]) == 0
 
 
 def packed_tensor(values: np.ndarray, dtype: str) -> Tensor:
-    """`dtype` int4-min is int4 with mins; int8-file is not rotated, like blocks from a file."""
-    is_min, rotated = dtype == "int4-min", dtype in ("int8", "int4", "int4-min")
-    if is_min:
+    """A matrix of one of DTYPES; `int4-min` is int4 with mins."""
+    kind, _, variant = dtype.partition("-")
+    rotated = kind not in ("fp32", "bf16") and variant not in ("file", "plain")
+    if variant == "min":
         packed = pack_quantized(quantize(values, "int4").with_mins())
-    elif dtype == "int8-file":
-        packed = pack_quantized(quantize(values, "int8", rotated=False))
     else:
-        packed = pack_matrix(values, dtype)
+        packed = pack_matrix(values, kind, rotated=rotated)
+    return aligned_tensor(kind, packed, values.shape, has_min=variant == "min", rotated=rotated)
+
+
+def aligned_tensor(
+    kind: str,
+    packed: np.ndarray,
+    shape: tuple[int, ...],
+    *,
+    has_min: bool = False,
+    rotated: bool = False,
+) -> Tensor:
+    """The packed matrix where the kernels want it: at a multiple of 64 bytes."""
+    rows, cols = shape
     room = np.zeros(len(packed) + 64, np.uint8)
     start = -room.ctypes.data % 64
     room[start : start + len(packed)] = packed
-    data = room[start : start + len(packed)]
-    return Tensor(dtype[:4], *values.shape, is_min, rotated, data)
+    return Tensor(kind, rows, cols, has_min, rotated, room[start : start + len(packed)])
 
 
 def rounded_as_kernels_do(x: np.ndarray, tensor: Tensor) -> np.ndarray:
@@ -56,8 +74,15 @@ def quantized_as_kernels_do(x: np.ndarray, tensor: Tensor) -> np.ndarray:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("dtype", [*WEIGHTS, "int4-min", "int8-file"])
-@pytest.mark.parametrize("shape", [(16, 32), (37, 160), (112, 64), (37, 192)])
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [
+        (dtype, shape)
+        for shape in [(16, 32), (37, 160), (112, 64), (37, 192)]
+        for dtype in DTYPES
+        if is_whole(dtype, shape[1])
+    ],
+)
 def test_matmul_is_the_product(isa: str, dtype: str, shape: tuple[int, int]) -> None:
     rng = np.random.default_rng(1)
     tensor = packed_tensor(rng.standard_normal(shape).astype(np.float32), dtype)
@@ -74,18 +99,18 @@ def test_matmul_is_the_product(isa: str, dtype: str, shape: tuple[int, int]) -> 
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("dtype", [*WEIGHTS, "int4-min", "int8-file"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_matmul_bits_do_not_depend_on_the_number_of_rows(isa: str, dtype: str) -> None:
     rng = np.random.default_rng(2)
-    tensor = packed_tensor(rng.standard_normal((40, 96)).astype(np.float32), dtype)
-    x = rng.standard_normal((17, 96)).astype(np.float32)
+    tensor = packed_tensor(rng.standard_normal((40, 192)).astype(np.float32), dtype)
+    x = rng.standard_normal((17, 192)).astype(np.float32)
     whole = native.matmul(tensor, x, isa=isa)
     for count in range(1, 17):
         assert np.array_equal(native.matmul(tensor, x[:count], isa=isa), whole[:count])
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("dtype", [*WEIGHTS, "int4-min", "int8-file"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_matmul_of_many_rows_unpacks_panels_without_changing_a_bit(isa: str, dtype: str) -> None:
     """Rows enough for every way that a kernel has, inputs enough for several chunks of a panel."""
     rng = np.random.default_rng(4)
@@ -93,7 +118,7 @@ def test_matmul_of_many_rows_unpacks_panels_without_changing_a_bit(isa: str, dty
     x = rng.standard_normal((130, 1600)).astype(np.float32)
     x[7] = 0
     one_by_one = np.concatenate([native.matmul(tensor, row[None], isa=isa) for row in x])
-    for count in (24, 27, 28, 39, 40, 65, 130):
+    for count in (11, 12, 15, 16, 24, 27, 28, 39, 40, 65, 130):
         assert np.array_equal(native.matmul(tensor, x[:count], isa=isa), one_by_one[:count])
 
 
@@ -125,3 +150,25 @@ def test_matmul_extremes_stay_exact() -> None:
             for num_rows in (5, 48):
                 y = native.matmul(tensor, np.full((num_rows, 32), -127, np.float32), isa=isa)
                 assert (y == value * -127 * 32).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(
+    ("q", "factor", "shift", "value"),
+    [(0, 15, -8, -128), (15, 15, 22, 127), (0, 1, -120, -128), (15, 1, 120, 127), (8, 15, 0, 0)],
+)
+def test_extremes_of_nested4_stay_exact(
+    isa: str, q: int, factor: int, shift: int, value: int
+) -> None:
+    shape = (16, 64)
+    blocks = QuantizedRows(
+        np.full(shape, q, np.uint8),
+        np.ones((16, 1), np.float16),
+        factors=np.full((16, 2), factor, np.uint8),
+        shifts=np.full((16, 2), shift, np.int8),
+    )
+    tensor = aligned_tensor("nested4", pack_quantized(blocks), shape)
+    for num_rows in (5, 48):
+        for x in (-127, 127):
+            y = native.matmul(tensor, np.full((num_rows, 64), x, np.float32), isa=isa)
+            assert (y == value * x * 64).all()

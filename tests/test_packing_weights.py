@@ -24,12 +24,14 @@ from furiosa_llm.workers.artifact.quantize import QuantizedRows, quantize, shoul
 from furiosa_llm.workers.artifact.rotation import WEIGHTS_FACTOR, hadamard
 from furiosa_llm.workers.artifact.sizes import (
     MATRIX_DTYPES,
+    cols_multiple,
     matrix_nbytes,
     panel_nbytes,
     scale_group,
 )
 
 SHAPES = [(1, 32), (16, 64), (17, 96), (48, 576)]
+INTEGERS = ("int8", "int4", "nested4")
 
 
 def random_matrix(rows: int, cols: int, seed: int = 0) -> np.ndarray:
@@ -41,16 +43,32 @@ def random_blocks(rows: int, cols: int, dtype: str, has_min: bool = False) -> Qu
     low, high, kind = (-128, 128, np.int8) if dtype == "int8" else (0, 16, np.uint8)
     q = rng.integers(low, high, (rows, cols)).astype(kind)
     scales, mins = rng.standard_normal((2, rows, cols // 32)).astype(np.float16)
+    if dtype == "nested4":
+        factors = rng.integers(1, 16, (rows, cols // 32))
+        shifts = rng.integers(8 * factors - 128, 128 - 7 * factors)
+        return QuantizedRows(
+            q,
+            scales[:, ::2],
+            factors=factors.astype(np.uint8),
+            shifts=shifts.astype(np.int8),
+        )
     return QuantizedRows(q, scales, mins if has_min else None)
 
 
-@pytest.mark.parametrize("dtype", MATRIX_DTYPES)
-@pytest.mark.parametrize(("rows", "cols"), SHAPES)
+@pytest.mark.parametrize(
+    ("rows", "cols", "dtype"),
+    [
+        (rows, cols, dtype)
+        for rows, cols in SHAPES
+        for dtype in MATRIX_DTYPES
+        if cols % cols_multiple(dtype) == 0
+    ],
+)
 def test_packing_keeps_every_value_in_its_place(rows, cols, dtype):
     values = random_matrix(rows, cols)
     packed = pack_matrix(values, dtype)
     assert packed.dtype == np.uint8
-    rotated = dtype in ("int8", "int4")
+    rotated = dtype in INTEGERS
     assert packed.shape == (matrix_nbytes(rows, cols, dtype, rotated=rotated),)
     expected = {
         "fp32": lambda: values,
@@ -60,8 +78,16 @@ def test_packing_keeps_every_value_in_its_place(rows, cols, dtype):
     np.testing.assert_array_equal(unpacked, expected)
 
 
-@pytest.mark.parametrize(("dtype", "has_min"), [("int8", False), ("int4", False), ("int4", True)])
-@pytest.mark.parametrize(("rows", "cols"), SHAPES)
+@pytest.mark.parametrize(
+    ("rows", "cols", "dtype", "has_min"),
+    [
+        (rows, cols, dtype, has_min)
+        for rows, cols in SHAPES
+        for dtype in INTEGERS
+        for has_min in (False, True)
+        if cols % cols_multiple(dtype) == 0 and (dtype == "int4" or not has_min)
+    ],
+)
 def test_raw_blocks_survive_exactly(rows, cols, dtype, has_min):
     blocks = random_blocks(rows, cols, dtype, has_min)
     packed = pack_quantized(blocks)
@@ -69,9 +95,8 @@ def test_raw_blocks_survive_exactly(rows, cols, dtype, has_min):
     unpacked = unpack_quantized(packed, rows, cols, dtype, has_min)
     np.testing.assert_array_equal(unpacked.q, blocks.q)
     np.testing.assert_array_equal(unpacked.scales, blocks.scales)
-    assert (unpacked.mins is None) == (not has_min)
-    if has_min:
-        np.testing.assert_array_equal(unpacked.mins, blocks.mins)
+    for name in ("mins", "factors", "shifts"):
+        np.testing.assert_array_equal(getattr(unpacked, name), getattr(blocks, name))
     np.testing.assert_array_equal(
         unpack_matrix(packed, rows, cols, dtype, has_min), blocks.dequantize()
     )
@@ -117,6 +142,65 @@ def test_int4_bytes_are_those_of_the_format():
         assert (nibbles & 15 if quad < 4 else nibbles >> 4) == blocks.q[row, col]
         assert scales[group, row] == blocks.scales[row, group]
         assert mins[group, row] == blocks.mins[row, group]
+
+
+def test_nested4_bytes_are_those_of_the_format():
+    blocks = random_blocks(16, 128, "nested4")
+    panel = pack_quantized(blocks)
+    data = panel[: 4 * 256].reshape(4, 4, 16, 4)
+    scales = panel[4 * 256 :][: 2 * 32].view(np.float16).reshape(2, 16)
+    shifts = panel[4 * 256 + 64 :][:64].view(np.int8).reshape(2, 16, 2)
+    factors = panel[4 * 256 + 128 :][:32].reshape(2, 16)
+    for row, col in [(0, 0), (5, 17), (9, 47), (15, 127)]:
+        group, quad, byte = col // 32, col % 32 // 4, col % 4
+        nibbles, both = data[group, quad % 4, row, byte], factors[group // 2, row]
+        assert (nibbles & 15 if quad < 4 else nibbles >> 4) == blocks.q[row, col]
+        assert scales[group // 2, row] == blocks.scales[row, group // 2]
+        assert shifts[group // 2, row, group % 2] == blocks.shifts[row, group]
+        assert (both >> 4 if group % 2 else both & 15) == blocks.factors[row, group]
+        integer = int(blocks.factors[row, group]) * (int(blocks.q[row, col]) - 8)
+        integer += int(blocks.shifts[row, group])
+        assert blocks.integers()[row, col] == integer
+    assert not panel[4 * 256 + 160 :].any()
+
+
+@given(
+    hnp.arrays(
+        np.float32,
+        st.tuples(st.integers(1, 4), st.just(128)),
+        elements=st.floats(-1e4, 1e4, width=32),
+    )
+)
+@settings(max_examples=60, deadline=None)
+def test_nested4_stays_within_its_ranges_and_near_its_values(values):
+    stored = quantize(values, "nested4", rotated=False)
+    assert stored.q.max() <= 15
+    assert stored.factors.min() >= 1
+    assert stored.factors.max() <= 15
+    exact = (stored.q.astype(int).reshape(-1, 4, 32) - 8) * stored.factors[:, :, None]
+    exact = exact + stored.shifts[:, :, None]
+    assert (exact.reshape(values.shape) == stored.integers()).all()
+    # Half a step of a grid from the group's least to its largest value, on a scale that reaches the
+    # largest of 64; the largest may be clipped by as much as the narrowest span leaves out. A scale
+    # may be a subnormal float16, a multiple of 2^-24.
+    groups = values.reshape(-1, 4, 32)
+    width = np.ptp(groups, axis=2)
+    largest = np.abs(values).reshape(-1, 2, 64).max(axis=2).repeat(2, axis=1)
+    bound = width / 5 + largest / 20 + 128 * 2**-24
+    error = np.abs(stored.dequantize().reshape(groups.shape) - groups).max(axis=2)
+    assert (error <= bound).all()
+
+
+def test_nested4_keeps_a_grid_with_a_minimum():
+    """As of a model distributed in Q4_1: symmetric int4 leaves over twenty times the error."""
+    kind = gguf.GGMLQuantizationType.Q4_1
+    values = gguf.dequantize(gguf.quantize(random_matrix(64, 512), kind), kind)
+    assert not should_rotate(values, "nested4")
+    errors = [
+        np.square(quantize(values, dtype, rotated=False).dequantize() - values).sum()
+        for dtype in ("nested4", "int4")
+    ]
+    assert errors[0] < errors[1] / 20
 
 
 def test_slices_of_rows_join_into_the_whole():
@@ -186,6 +270,8 @@ def test_quantisation_is_no_worse_than_the_plain_grid(values):
         # real ones have, rotating them makes up for it: benchmarks/perplexity.py.
         pytest.param("int8", 512, gguf.GGMLQuantizationType.Q8_0, 1.07, id="int8 pairs near Q8_0"),
         pytest.param("int4", 512, gguf.GGMLQuantizationType.Q4_0, 0.92, id="int4 well below Q4_0"),
+        pytest.param("nested4", 512, gguf.GGMLQuantizationType.Q4_0, 0.76, id="nested4 below int4"),
+        pytest.param("nested4", 512, gguf.GGMLQuantizationType.Q4_1, 1.0, id="nested4 below Q4_1"),
     ],
 )
 def test_quantisation_beats_the_gguf_type_it_resembles(dtype, cols, kind, ratio):
@@ -196,17 +282,17 @@ def test_quantisation_beats_the_gguf_type_it_resembles(dtype, cols, kind, ratio)
         assert np.square(ours - values).mean() <= ratio * np.square(theirs - values).mean()
 
 
-@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", INTEGERS)
 def test_zeros_and_tiny_groups_become_zeros(dtype):
     values = np.zeros((2, 64), np.float32)
     values[1] = 1e-30
     assert not quantize(values, dtype).dequantize().any()
 
 
-@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", INTEGERS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38])
 def test_values_that_cannot_be_quantised_are_refused(dtype, bad):
-    values = random_matrix(2, 32)
+    values = random_matrix(2, 64)
     values[1, 3] = bad
     with pytest.raises(ValueError, match=r"not finite|float16"):
         quantize(values, dtype)

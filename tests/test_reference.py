@@ -21,6 +21,7 @@ from furiosa_llm.workers.artifact.artifact import Artifact, Tensor
 from furiosa_llm.workers.artifact.packing import from_bf16, pack_matrix, pack_quantized, to_bf16
 from furiosa_llm.workers.artifact.quantize import quantize
 from furiosa_llm.workers.artifact.rotation import hadamard
+from furiosa_llm.workers.artifact.sizes import scale_group
 from furiosa_llm.workers.kernels.reference import ReferenceExecutor
 from furiosa_llm.workers.kernels.reference_matmul import (
     MAX_COLS,
@@ -39,7 +40,7 @@ from furiosa_llm.workers.kernels.reference_ops import (
     swiglu,
 )
 
-DTYPES = ("fp32", "bf16", "int8", "int8-file", "int4", "int4-min")
+DTYPES = ("fp32", "bf16", "int8", "int8-file", "int4", "int4-min", "nested4")
 
 
 def random_floats(seed: int, *shape: int) -> np.ndarray:
@@ -57,15 +58,16 @@ def packed(values: np.ndarray, dtype: str) -> Tensor:
     if dtype == "int8-file":
         blocks = replace(quantize(values, "int8"), rotated=False)
         return Tensor("int8", *values.shape, False, False, pack_quantized(blocks))
-    rotated = dtype in ("int8", "int4")
+    rotated = dtype in ("int8", "int4", "nested4")
     return Tensor(dtype, *values.shape, False, rotated, pack_matrix(values, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_rows", [0, 1, TILE_ROWS, 2 * TILE_ROWS + 3])
 def test_product_is_that_of_the_unpacked_matrix(dtype, num_rows):
-    tensor = packed(random_floats(0, 50, 96), dtype)
-    x = random_floats(1, num_rows, 96)
+    cols = 128 if dtype == "nested4" else 96
+    tensor = packed(random_floats(0, 50, cols), dtype)
+    x = random_floats(1, num_rows, cols)
     if num_rows:
         x[0, :32] = 0  # a group without a scale
     y = load_matrix(tensor).product(x)
@@ -73,9 +75,10 @@ def test_product_is_that_of_the_unpacked_matrix(dtype, num_rows):
     inputs = x.astype(np.float64)
     if dtype == "bf16":
         inputs = from_bf16(to_bf16(x)).astype(np.float64)
-    if dtype.startswith("int"):
+    if dtype not in ("fp32", "bf16"):
         rotated = hadamard(x) if tensor.rotated else x
-        q, scales = quantize_activations(rotated, input_levels(tensor))
+        group = scale_group(cols, tensor.dtype, tensor.rotated)
+        q, scales = quantize_activations(rotated, input_levels(tensor), group)
         inputs = (q.astype(np.float64) * scales[:, :, None]).reshape(x.shape)
         if tensor.rotated:
             inputs = hadamard(inputs.astype(np.float32)).astype(np.float64) / 32
@@ -90,7 +93,7 @@ def test_columns_beyond_one_call_are_added():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(48, 64), (37, 160), (576, 576), (130, MAX_COLS + 64)])
+@pytest.mark.parametrize("shape", [(48, 64), (37, 192), (576, 576), (130, MAX_COLS + 64)])
 def test_bits_of_a_product_do_not_depend_on_the_number_of_rows(dtype, shape):
     matrix = load_matrix(packed(random_floats(0, *shape), dtype))
     x = random_floats(1, 2 * TILE_ROWS + 5, shape[1])

@@ -133,6 +133,34 @@ EMULATED __m512i sub_epi8(__m512i a, __m512i b) {
   const Lanes<int8_t, __m512i> x(a), y(b);
   return for_ints<int8_t>([&](int i) { return x.lane[i] - y.lane[i]; });
 }
+EMULATED __m512i add_epi32(__m512i a, __m512i b) {
+  const Lanes<uint32_t, __m512i> x(a), y(b);
+  return for_ints<uint32_t>([&](int i) { return x.lane[i] + y.lane[i]; });
+}
+EMULATED __m512i add_epi8(__m512i a, __m512i b) {
+  const Lanes<uint8_t, __m512i> x(a), y(b);
+  return for_ints<uint8_t>([&](int i) { return x.lane[i] + y.lane[i]; });
+}
+EMULATED __m512i mullo_epi16(__m512i a, __m512i b) {
+  const Lanes<uint16_t, __m512i> x(a), y(b);
+  return for_ints<uint16_t>([&](int i) { return uint32_t{x.lane[i]} * uint32_t{y.lane[i]}; });
+}
+EMULATED __m512i mullo_epi32(__m512i a, __m512i b) {
+  const Lanes<uint32_t, __m512i> x(a), y(b);
+  return for_ints<uint32_t>([&](int i) { return x.lane[i] * y.lane[i]; });
+}
+EMULATED __m512i cvtepi8_epi16(__m256i a) {
+  const Lanes<int8_t, __m256i> x(a);
+  return for_ints<int16_t>([&](int i) { return x.lane[i]; });
+}
+EMULATED __m512i cvtepu8_epi32(__m128i a) {
+  const Lanes<uint8_t, __m128i> x(a);
+  return for_ints<int32_t>([&](int i) { return x.lane[i]; });
+}
+EMULATED __m512i srli_epi32(__m512i a, unsigned count) {
+  const Lanes<uint32_t, __m512i> x(a);
+  return for_ints<uint32_t>([&](int i) { return x.lane[i] >> count; });
+}
 EMULATED __m512i srli_epi16(__m512i a, unsigned count) {
   const Lanes<uint16_t, __m512i> x(a);
   return for_ints<uint16_t>([&](int i) { return x.lane[i] >> count; });
@@ -153,10 +181,20 @@ EMULATED __m512i dpbusd_epi32(__m512i sums, __m512i a, __m512i b) {
   });
 }
 
+// Two products of signed words onto each sum.
+EMULATED __m512i dpwssd_epi32(__m512i sums, __m512i a, __m512i b) {
+  const Lanes<int32_t, __m512i> sum(sums);
+  const Lanes<int16_t, __m512i> x(a), y(b);
+  return for_ints<int32_t>([&](int i) {
+    return sum.lane[i] + x.lane[2 * i] * y.lane[2 * i] + x.lane[2 * i + 1] * y.lane[2 * i + 1];
+  });
+}
+
 }  // namespace emulated
 
 #undef _mm512_set1_ps
 #undef _mm512_srli_epi16
+#undef _mm512_srli_epi32
 #undef _mm512_slli_epi32
 #define _mm512_set1_ps emulated::set1_ps
 #define _mm512_set1_epi8 emulated::set1_epi8
@@ -181,3 +219,11 @@ EMULATED __m512i dpbusd_epi32(__m512i sums, __m512i a, __m512i b) {
 #define _mm512_srli_epi16 emulated::srli_epi16
 #define _mm512_slli_epi32 emulated::slli_epi32
 #define _mm512_dpbusd_epi32 emulated::dpbusd_epi32
+#define _mm512_dpwssd_epi32 emulated::dpwssd_epi32
+#define _mm512_add_epi32 emulated::add_epi32
+#define _mm512_add_epi8 emulated::add_epi8
+#define _mm512_mullo_epi16 emulated::mullo_epi16
+#define _mm512_mullo_epi32 emulated::mullo_epi32
+#define _mm512_srli_epi32 emulated::srli_epi32
+#define _mm512_cvtepi8_epi16 emulated::cvtepi8_epi16
+#define _mm512_cvtepu8_epi32 emulated::cvtepu8_epi32

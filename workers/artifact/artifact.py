@@ -40,11 +40,11 @@ _HASH_CHUNK_NBYTES = 1 << 20
 class Tensor:
     """A packed matrix (or a vector) in the map. See docs/artifact-format.md for the bytes."""
 
-    dtype: str  # fp32, bf16, int8, int4 or vector
+    dtype: str  # of MATRIX_DTYPES, or vector
     rows: int
     cols: int
     has_min: bool  # int4 only
-    rotated: bool  # int8 and int4 only: see rotation.py
+    rotated: bool  # integers only: see rotation.py
     data: NDArray[np.uint8]  # 1-D, read-only; its address holds while the artifact lives
 
     def unpack(self) -> NDArray[np.float32]:

@@ -20,18 +20,19 @@ from furiosa_llm.workers.artifact.memory import available_memory_bytes
 from furiosa_llm.workers.artifact.packing import pack_matrix, pack_quantized
 from furiosa_llm.workers.artifact.quantize import QuantizedRows, should_rotate
 from furiosa_llm.workers.artifact.sizes import (
-    MATRIX_DTYPES,
     PANEL_ROWS,
+    WEIGHT_TYPES,
     cols_multiple,
     matrix_nbytes,
+    weight_type,
 )
 from furiosa_llm.workers.artifact.source import ModelSource, SourceMatrix
 from furiosa_llm.workers.artifact.writer import ArtifactWriter
 
 # Raised when the same source would be built into something else, so that caches build it anew.
-BUILDER_VERSION = 4
+BUILDER_VERSION = 5
 
-WEIGHT_CHOICES = ("auto", *MATRIX_DTYPES)
+WEIGHT_CHOICES = ("auto", *WEIGHT_TYPES)
 
 # (what is being done, bytes or files done, of how many)
 Progress = Callable[[str, int, int], None]
@@ -155,12 +156,14 @@ def plan_matrix(name: str, parts: list[SourceMatrix], weights: str) -> MatrixPla
     kept = {"int8": {"Q8_0"}, "int4": {"Q4_0", "Q4_1"}}.get(dtype, set())
     encodings = {part.encoding for part in parts}
     is_exact = encodings <= kept
+    if dtype == "int4" and not is_exact and parts[0].cols % cols_multiple("nested4") == 0:
+        dtype = "nested4"
     return MatrixPlan(dtype, is_exact and "Q4_1" in encodings, is_exact)
 
 
 def _is_rotated(name: str, parts: list[SourceMatrix], plan: MatrixPlan) -> bool:
     """Whether to rotate the matrix before it is quantised, judged by some rows of each part."""
-    if plan.is_exact or plan.dtype not in ("int8", "int4"):
+    if plan.is_exact or plan.dtype in ("fp32", "bf16"):
         return False
     rows = [part.values(0, min(_SAMPLE_ROWS, part.rows)) for part in parts]
     try:
@@ -223,11 +226,11 @@ def _join_blocks(
 
 def _main_dtype(source: ModelSource, plans: dict[str, MatrixPlan]) -> str:
     """The type that most values of the layers have."""
-    num_values = dict.fromkeys(MATRIX_DTYPES, 0)
+    num_values = dict.fromkeys(WEIGHT_TYPES, 0)
     for name, parts in source.matrices.items():
         if name.startswith("layers."):
-            num_values[plans[name].dtype] += sum(part.rows * part.cols for part in parts)
-    return max(MATRIX_DTYPES, key=num_values.__getitem__)
+            num_values[weight_type(plans[name].dtype)] += sum(p.rows * p.cols for p in parts)
+    return max(WEIGHT_TYPES, key=num_values.__getitem__)
 
 
 def _check_memory(source: ModelSource, plans: dict[str, MatrixPlan], available: int | None) -> None:

@@ -15,11 +15,12 @@ from furiosa_llm.workers.artifact.sizes import (
     ALIGNMENT,
     MATRIX_DTYPES,
     VECTOR,
+    WEIGHT_TYPES,
     cols_multiple,
     matrix_nbytes,
 )
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MAGIC = b"FURIOSA1"
 HEADER_NBYTES = 4096
 MANIFEST_NAME = "artifact.json"
@@ -34,7 +35,7 @@ _HEX = frozenset("0123456789abcdef")
 class TensorEntry:
     """One row of the tensor table: what it is and where it lies in `weights.bin`."""
 
-    dtype: str  # fp32, bf16, int8, int4 or vector
+    dtype: str  # of MATRIX_DTYPES, or vector
     rows: int
     cols: int
     has_min: bool
@@ -131,10 +132,10 @@ class Manifest:
     def _check(self) -> None:
         """What can be checked without the files: shapes, names, sizes and places."""
         check_config(self.config)
-        if self.weights not in MATRIX_DTYPES:
+        if self.weights not in WEIGHT_TYPES:
             raise ArtifactError(
                 f"the artifact's weights are {self.weights[:40]!r}; known are "
-                f"{', '.join(MATRIX_DTYPES)}"
+                f"{', '.join(WEIGHT_TYPES)}"
             )
         if not 1 <= self.tensor_parallel_size <= 1024:
             raise ArtifactError(
@@ -227,10 +228,8 @@ def _read_entry(name: str, value: Any) -> TensorEntry:
         raise ArtifactError(f"tensor {name[:80]!r}: {entry.cols} columns cannot be {entry.dtype}")
     if entry.has_min and entry.dtype != "int4":
         raise ArtifactError(f"tensor {name[:80]!r} is {entry.dtype}: only int4 can have mins")
-    if entry.rotated and entry.dtype not in ("int8", "int4"):
-        raise ArtifactError(
-            f"tensor {name[:80]!r} is {entry.dtype}: only int8 and int4 can be rotated"
-        )
+    if entry.rotated and entry.dtype in ("fp32", "bf16", VECTOR):
+        raise ArtifactError(f"tensor {name[:80]!r} is {entry.dtype}: only integers can be rotated")
     return entry
 
 

@@ -40,15 +40,15 @@ def pack_matrix(values: NDArray[np.float32], dtype: str, *, rotated: bool = True
     """Convert and pack a matrix.
 
     Args:
-        values: (rows, cols) float32; cols even for bf16, a multiple of 32 for int8 and int4.
-        dtype: fp32, bf16, int8 or int4.
-        rotated: of int8 and int4, whether groups are rotated before (see `quantize`).
+        values: (rows, cols) float32; cols a multiple of `cols_multiple(dtype)`.
+        dtype: fp32, bf16, int8, int4 or nested4.
+        rotated: of the integer ones, whether groups are rotated before (see `quantize`).
     Returns: 1-D uint8 of `matrix_nbytes(rows, cols, dtype)` bytes, a new array.
     Raises: ValueError for values that the dtype cannot hold (see `quantize`).
     """
     cols = values.shape[1]
     _check_cols(cols, dtype)
-    if dtype in ("int8", "int4"):
+    if dtype not in ("fp32", "bf16"):
         values = np.ascontiguousarray(values, np.float32)
         return pack_quantized(quantize(values, dtype, rotated=rotated))
     panels = _in_panels(np.asarray(values, dtype=np.float32))
@@ -64,11 +64,16 @@ def pack_quantized(blocks: QuantizedRows) -> Bytes:
     _check_cols(cols, dtype)
     panels = _in_panels(blocks.q)
     quads = panels.reshape(len(panels), PANEL_ROWS, cols // GROUP, 8, 4).transpose(0, 2, 3, 1, 4)
-    if dtype == "int4":  # (panels, groups, quads, rows, 4): quad j low, quad j + 4 high
+    if dtype != "int8":  # (panels, groups, quads, rows, 4): quad j low, quad j + 4 high
         quads = quads[:, :, :4] | (quads[:, :, 4:] << 4)
     parts = [quads, _in_panels(blocks.scales).transpose(0, 2, 1)]
     if blocks.mins is not None:
         parts.append(_in_panels(blocks.mins).transpose(0, 2, 1))
+    if blocks.factors is not None and blocks.shifts is not None:
+        pairs = (len(panels), PANEL_ROWS, cols // (2 * GROUP), 2)
+        parts.append(_in_panels(blocks.shifts).reshape(pairs).transpose(0, 2, 1, 3))
+        factors = _in_panels(blocks.factors).reshape(pairs).transpose(0, 2, 1, 3)
+        parts.append(factors[..., 0] | (factors[..., 1] << 4))
     return _join(parts, panel_nbytes(cols, dtype, blocks.mins is not None, blocks.rotated))
 
 
@@ -87,7 +92,7 @@ def unpack_quantized(
     data_nbytes = PANEL_ROWS * (cols if dtype == "int8" else cols // 2)
     scales_nbytes = num_scales * PANEL_ROWS * 2
     quads = panels[:, :data_nbytes].reshape(num_panels, cols // GROUP, -1, PANEL_ROWS, 4)
-    if dtype == "int4":
+    if dtype != "int8":
         quads = np.concatenate([quads & 15, quads >> 4], axis=2)
     q = quads.transpose(0, 3, 1, 2, 4).reshape(-1, cols)[:rows]
 
@@ -97,6 +102,23 @@ def unpack_quantized(
         return wide.reshape(-1, num_scales)[:rows]
 
     scales = halves(data_nbytes)
+    if dtype == "nested4":
+        end = data_nbytes + scales_nbytes
+        shifts = panels[:, end : end + scales_nbytes].reshape(num_panels, num_scales, PANEL_ROWS, 2)
+        both = panels[:, end + scales_nbytes :][:, : num_scales * PANEL_ROWS]
+        both = both.reshape(num_panels, num_scales, PANEL_ROWS, 1)
+        factors = np.concatenate([both & 15, both >> 4], axis=3)
+
+        def by_row(pairs: NDArray[np.uint8]) -> NDArray[np.uint8]:
+            return pairs.transpose(0, 2, 1, 3).reshape(-1, 2 * num_scales)[:rows]
+
+        return QuantizedRows(
+            q,
+            scales,
+            rotated=rotated,
+            factors=by_row(factors),
+            shifts=by_row(shifts).view(np.int8),
+        )
     mins = halves(data_nbytes + scales_nbytes) if has_min else None
     return QuantizedRows(q.view(np.int8) if dtype == "int8" else q, scales, mins, rotated)
 
@@ -110,7 +132,7 @@ def unpack_matrix(
     rotated: bool = False,
 ) -> NDArray[np.float32]:
     """The values of a packed matrix, (rows, cols) float32: the inverse of `pack_matrix`."""
-    if dtype in ("int8", "int4"):
+    if dtype not in ("fp32", "bf16"):
         return unpack_quantized(data, rows, cols, dtype, has_min, rotated).dequantize()
     num_panels = -(-rows // PANEL_ROWS)
     panels = data.reshape(num_panels, panel_nbytes(cols, dtype))

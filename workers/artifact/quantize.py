@@ -1,8 +1,13 @@
-"""Matrices as groups of small integers: `int8` and `int4`.
+"""Matrices as groups of small integers: `int8`, `int4` and `nested4`.
 
-Groups of 32 are the blocks of GGUF's Q8_0 and Q4_0. What we quantise ourselves is rotated before
-(rotation.py) unless that makes it worse, and rotated int8 has groups of 64 where rows are whole
-ones; blocks taken over from a file are neither.
+Groups of 32 are the blocks of GGUF's Q8_0, Q4_0 and Q4_1. What we quantise ourselves is rotated
+before (rotation.py) unless that makes it worse, and where rows are whole groups of 64 they share a
+scale; blocks taken over from a file are neither.
+
+nested4 is what our own 4-bit weights are then. A scale alone would serve 64 of them badly; but it
+need not: each half of a group has a small factor and shift of its own, both integers, so that what
+the scale multiplies is an int8 again. Q4_K of llama.cpp (Kawrakow 2023) nests its scales so, in
+groups of 256.
 
 Rows are independent and a group never crosses a row, so a matrix may be quantised in slices of
 rows with the same result; that is how the builders keep their memory bounded.
@@ -16,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from furiosa_llm.workers.artifact.rotation import INPUTS_FACTOR, WEIGHTS_FACTOR, hadamard
-from furiosa_llm.workers.artifact.sizes import scale_group
+from furiosa_llm.workers.artifact.sizes import GROUP, scale_group
 
 # Plain Q4_0 maps the largest value of a group to -8. Letting it fall elsewhere between 7 and 9
 # trades a little clipping of that value for a finer grid under the other 31, which is where most
@@ -27,6 +32,11 @@ _INT4_EXTREMES = (8.0, 7.7, 7.4, 7.1, 8.4, 8.8)
 # meets the other 31 better.
 _INT8_EXTREMES = range(127, 100, -1)
 
+# What the larger factor of a nested group would be, and how much of the way from a group's least to
+# its largest value its grid spans.
+_NESTED4_EXTREMES = (15, 14, 13, 12, 11)
+_NESTED4_SPANS = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85)
+
 _MAX_FLOAT16 = 65504.0
 
 
@@ -35,17 +45,30 @@ class QuantizedRows:
     """Rows of a matrix in groups: w = scale * q, with what `q` is offset by said here.
 
     int8: w = scale * q, q int8. int4: q uint8 in 0..15; w = scale * (q - 8), or, where there are
-    mins, w = scale * q + min. With `rotated` those w are WEIGHTS_FACTOR * H times the weights.
+    mins, w = scale * q + min. nested4: w = scale * (factor * (q - 8) + shift), where what is in
+    parentheses is an int8. With `rotated` those w are WEIGHTS_FACTOR * H times the weights.
     """
 
     q: NDArray[np.int8] | NDArray[np.uint8]  # (rows, cols)
     scales: NDArray[np.float16]  # (rows, groups)
     mins: NDArray[np.float16] | None = None  # (rows, groups)
     rotated: bool = False
+    factors: NDArray[np.uint8] | None = None  # nested4: (rows, cols / 32), 1..15
+    shifts: NDArray[np.int8] | None = None  # nested4: (rows, cols / 32)
 
     @property
     def dtype(self) -> str:
+        if self.factors is not None:
+            return "nested4"
         return "int8" if self.q.dtype == np.int8 else "int4"
+
+    def integers(self) -> NDArray[np.int8] | NDArray[np.uint8]:
+        """(rows, cols): what the scales multiply; but with mins, or in int4, see the class."""
+        if self.factors is None or self.shifts is None:
+            return self.q
+        steps = self.q.reshape(*self.factors.shape, -1).astype(np.int16) - 8
+        integers = steps * self.factors[:, :, None] + self.shifts[:, :, None]
+        return integers.astype(np.int8).reshape(self.q.shape)
 
     def with_mins(self) -> QuantizedRows:
         """The same int4 values in the form that has mins: scale * (q - 8) = scale * q + (-8 scale).
@@ -63,7 +86,7 @@ class QuantizedRows:
         """
         rows, cols = self.q.shape
         scales = self.scales.astype(np.float32)[:, :, None]
-        values = self.q.reshape(*self.scales.shape, -1).astype(np.float32)
+        values = self.integers().reshape(*self.scales.shape, -1).astype(np.float32)
         if self.mins is not None:
             values = values * scales + self.mins.astype(np.float32)[:, :, None]
         elif self.dtype == "int4":
@@ -75,22 +98,23 @@ class QuantizedRows:
 
 
 def quantize(values: NDArray[np.float32], dtype: str, *, rotated: bool = True) -> QuantizedRows:
-    """Quantise `values` (rows, cols), cols a multiple of 32, to `int8` or `int4`.
+    """Quantise `values` (rows, cols) to `int8`, `int4` or `nested4`.
 
     Args:
+        values: cols a multiple of `cols_multiple(dtype)`.
         rotated: whether runs of 32 are rotated before.
 
     Raises: ValueError for values that are not finite, or so large that a scale is not a float16.
     """
     groups = _groups_of(values, dtype, rotated)
-    quantized = _quantize_int8(groups) if dtype == "int8" else _quantize_int4(groups)
-    return replace(quantized, rotated=rotated)
+    quantizers = {"int8": _quantize_int8, "int4": _quantize_int4, "nested4": _quantize_nested4}
+    return replace(quantizers[dtype](groups), rotated=rotated)
 
 
 def should_rotate(values: NDArray[np.float32], dtype: str) -> bool:
     """Whether to rotate a matrix of which these are some rows: always for int8, whose kernels are
-    faster so; for int4, if it leaves clearly less error. Where weights lie on a grid of few steps
-    already, as those of a model distributed in 4 bits do, it leaves more.
+    faster so; for four bits, if it leaves clearly less error. Where weights lie on a grid of few
+    steps already, as those of a model distributed in 4 bits do, it leaves more.
     """
     if dtype == "int8":
         return True
@@ -149,6 +173,98 @@ def _quantize_int4(groups: NDArray[np.float32]) -> QuantizedRows:
     return QuantizedRows(q.astype(np.uint8).reshape(len(q), -1), scales)
 
 
+def _quantize_nested4(groups: NDArray[np.float32]) -> QuantizedRows:
+    """Per group of 64 the scale of least squared error among a few, and per half of it the factor
+    and the shift, next to those of the half's own best grid, that leave the least.
+    """
+    rows = len(groups)
+    least = np.abs(groups).max(axis=2) / np.float32(127)  # or the integers would be no int8
+    _as_float16(least)  # refused before anything overflows
+    halves = groups.reshape(rows, -1, GROUP)
+    step, middle = _affine_grids(halves)
+    widest = step.reshape(rows, -1, 2).max(axis=2)
+    best_scales = np.zeros(widest.shape, np.float16)
+    best_error = np.full(widest.shape, np.inf, np.float32)
+    for extreme in _NESTED4_EXTREMES:
+        scales = _as_float16(np.maximum(widest / np.float32(extreme), least))
+        wide = np.repeat(scales.astype(np.float32), 2, axis=1)
+        factors = np.rint(step * _inverse_of(wide))
+        error = _nested_on(halves, wide, factors, middle, 0)[0].reshape(rows, -1, 2).sum(axis=2)
+        better = error < best_error
+        best_error = np.where(better, error, best_error)
+        best_scales = np.where(better, scales, best_scales)
+    wide = np.repeat(best_scales.astype(np.float32), 2, axis=1)
+    lower = np.floor(step * _inverse_of(wide))
+    best: list[NDArray[np.float32]] | None = None
+    for factors in (lower, lower + 1):
+        for nudge in (-0.25, 0.25):  # both integers where the best shift lies between two
+            tried = _nested_on(halves, wide, factors, middle, nudge)
+            if best is None:
+                best = tried
+                continue
+            better = tried[0] < best[0]
+            best = [
+                np.where(better[:, :, None] if new.ndim == 3 else better, new, old)
+                for new, old in zip(tried, best, strict=True)
+            ]
+    assert best is not None
+    _, factors, shifts, q = best
+    return QuantizedRows(
+        (q + 8).astype(np.uint8).reshape(rows, -1),
+        best_scales,
+        factors=factors.astype(np.uint8),
+        shifts=shifts.astype(np.int8),
+    )
+
+
+def _affine_grids(halves: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The step of the best of a few grids of 16 values for each group, and where its middle lies.
+
+    A candidate spans a part of the way from the least to the largest value. Once the integers are
+    rounded, the best line through them follows from their covariance with the values.
+    """
+    low, high = halves.min(axis=2), halves.max(axis=2)
+    mean = halves.mean(axis=2)
+    best_gain = np.full(low.shape, -1, np.float32)
+    best_step, best_middle = np.zeros_like(low), mean
+    for span in _NESTED4_SPANS:
+        inverse = _inverse_of((high - low) * np.float32(span / 15))
+        centred = halves - ((low + high) / 2)[:, :, None]
+        n = np.clip(np.rint(centred * inverse[:, :, None] + np.float32(7.5)), 0, 15)
+        mean_n = n.mean(axis=2)
+        covariance = np.einsum("rgk,rgk->rg", n, halves) / GROUP - mean_n * mean
+        variance = np.einsum("rgk,rgk->rg", n, n) / GROUP - mean_n * mean_n
+        step = np.maximum(covariance, 0) * _inverse_of(variance)
+        gain = covariance * step
+        better = gain > best_gain
+        best_gain = np.where(better, gain, best_gain)
+        best_step = np.where(better, step, best_step)
+        best_middle = np.where(better, mean + step * (np.float32(7.5) - mean_n), best_middle)
+    return best_step, best_middle
+
+
+def _nested_on(
+    halves: NDArray[np.float32],
+    scales: NDArray[np.float32],
+    factors: NDArray[np.float32],
+    middle: NDArray[np.float32],
+    nudge: float,
+) -> list[NDArray[np.float32]]:
+    """The squared error that is left with these scales and factors, for shifts that put the grid's
+    middle nearest to `middle` (+ `nudge`): [error, factors, shifts, q - 8] of each half.
+    """
+    inverse = _inverse_of(scales)
+    factors = np.clip(factors, 1, 15)
+    shifts = np.rint(middle * inverse + factors / 2 + np.float32(nudge))
+    shifts = np.clip(shifts, 8 * factors - 128, 127 - 7 * factors)
+    scaled = halves * inverse[:, :, None]
+    q = np.rint((scaled - shifts[:, :, None]) * _inverse_of(factors)[:, :, None])
+    q = np.clip(q, -8, 7)
+    difference = q * factors[:, :, None] + shifts[:, :, None] - scaled
+    error = np.einsum("rgk,rgk->rg", difference, difference) * scales * scales
+    return [error, factors, shifts, q]
+
+
 def _groups_of(values: NDArray[np.float32], dtype: str, rotated: bool) -> NDArray[np.float32]:
     rows, cols = values.shape
     group = scale_group(cols, dtype, rotated)
@@ -187,5 +303,11 @@ def _as_float16(scales: NDArray[np.float32]) -> NDArray[np.float16]:
 
 def _inverse(scales: NDArray[np.float16]) -> NDArray[np.float32]:
     """1 / scale, and 0 where the scale is 0 (a group of zeros, or one too small for float16)."""
-    wide = scales.astype(np.float32)
-    return np.divide(1, wide, out=np.zeros_like(wide), where=wide != 0)
+    return _inverse_of(scales.astype(np.float32))
+
+
+def _inverse_of(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """1 / x, and 0 where that is no finite number."""
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse = np.float32(1) / x
+    return np.where(np.isfinite(inverse), inverse, 0).astype(np.float32)

@@ -7,19 +7,26 @@ PANEL_ROWS = 16
 ALIGNMENT = 64
 
 VECTOR = "vector"
-MATRIX_DTYPES = ("fp32", "bf16", "int8", "int4")
+WEIGHT_TYPES = ("fp32", "bf16", "int8", "int4")  # what a user may ask for
+MATRIX_DTYPES = (*WEIGHT_TYPES, "nested4")  # what a matrix may be
 
 
 def cols_multiple(dtype: str) -> int:
     """What the columns of a matrix of this dtype must be a multiple of."""
-    return {"fp32": 1, "bf16": 2, "int8": GROUP, "int4": GROUP}[dtype]
+    return {"fp32": 1, "bf16": 2, "int8": GROUP, "int4": GROUP, "nested4": 2 * GROUP}[dtype]
+
+
+def weight_type(dtype: str) -> str:
+    """What a user calls a matrix of this dtype."""
+    return "int4" if dtype == "nested4" else dtype
 
 
 def scale_group(cols: int, dtype: str, rotated: bool) -> int:
-    """How many neighbouring inputs share a scale: 64 in rotated int8 whose rows are whole groups of
-    that, which loses little by it and is multiplied much faster; else 32.
+    """How many neighbouring inputs share a scale: 64 in nested4, and in rotated int8 whose rows are
+    whole groups of that, which loses little by it and is multiplied much faster; else 32.
     """
-    return 2 * GROUP if dtype == "int8" and rotated and cols % (2 * GROUP) == 0 else GROUP
+    has_pairs = dtype == "nested4" or (dtype == "int8" and rotated and cols % (2 * GROUP) == 0)
+    return 2 * GROUP if has_pairs else GROUP
 
 
 def panel_nbytes(cols: int, dtype: str, has_min: bool = False, rotated: bool = False) -> int:
@@ -30,6 +37,7 @@ def panel_nbytes(cols: int, dtype: str, has_min: bool = False, rotated: bool = F
         "bf16": cols * 2,
         "int8": cols + num_scales * 2,
         "int4": cols // 2 + num_scales * (4 if has_min else 2),
+        "nested4": cols // 2 + num_scales * 5,
     }[dtype]
     return -(-used * PANEL_ROWS // ALIGNMENT) * ALIGNMENT
 

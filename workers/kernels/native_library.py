@@ -24,7 +24,7 @@ KNOWN_ISAS = ("amx", "avx512", "avx2", "neon", "portable")  # of all CPUs, best 
 # FsStatus
 _OK, _INVALID_BATCH, _INVALID_ARTIFACT, _INVALID_CONFIG = 0, 1, 2, 3
 
-DTYPE_CODES = {"fp32": 0, "vector": 0, "bf16": 1, "int8": 2, "int4": 3}
+DTYPE_CODES = {"fp32": 0, "vector": 0, "bf16": 1, "int8": 2, "int4": 3, "nested4": 4}
 
 
 class FsTensor(ctypes.Structure):

@@ -44,10 +44,10 @@ class Matrix(Protocol):
 
 
 def load_matrix(tensor: Tensor) -> Matrix:
-    """The matrix that an artifact's tensor holds, in whichever of the four weight types."""
-    if tensor.dtype in ("int8", "int4"):
-        return QuantizedMatrix(tensor)
-    return FloatMatrix(tensor.unpack(), rounds_inputs=tensor.dtype == "bf16")
+    """The matrix that an artifact's tensor holds, of whichever dtype."""
+    if tensor.dtype in ("fp32", "bf16"):
+        return FloatMatrix(tensor.unpack(), rounds_inputs=tensor.dtype == "bf16")
+    return QuantizedMatrix(tensor)
 
 
 def input_levels(tensor: Tensor) -> int:
@@ -112,7 +112,7 @@ class QuantizedMatrix:
 
     y = sum over the groups, left to right, of (sum of q_w * q_x) * (scale_w * scale_x), and with
     mins also of min_w * (scale_x * sum of q_x); in float32. The inner sums stay below
-    32 * 128 * 127 and 64 * 128 * 64 < 2^24, so float32 holds them exactly and BLAS may add in any
+    32 * 128 * 127 and 64 * 128 * 127 < 2^24, so float32 holds them exactly and BLAS may add in any
     order.
     Where the weights are rotated, x is rotated before it is quantised.
     """
@@ -124,7 +124,8 @@ class QuantizedMatrix:
         self._rotated = tensor.rotated
         self._levels = input_levels(tensor)
         self._group = scale_group(tensor.cols, tensor.dtype, tensor.rotated)
-        q = blocks.q.reshape(tensor.rows, -1, self._group).transpose(1, 0, 2).astype(np.float32)
+        integers = blocks.integers().reshape(tensor.rows, -1, self._group)
+        q = integers.transpose(1, 0, 2).astype(np.float32)
         if blocks.dtype == "int4" and blocks.mins is None:
             q -= 8
         self._q = np.ascontiguousarray(q)  # (groups, rows, group)

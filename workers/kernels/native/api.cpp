@@ -1,8 +1,8 @@
 #include "api.h"
 
 #include <algorithm>
-#include <vector>
 
+#include "activations.h"
 #include "batch.h"
 #include "engine.h"
 #include "failure.h"
@@ -51,28 +51,12 @@ int32_t fs_matmul(const char* isa, const FsTensor* weights, const float* x, int3
   return guarded(message, [&] {
     const KernelTable& kernels = kernel_table_named(isa);
     const Matrix w = matrix_from(*weights, "weights", weights->rows, weights->cols);
-    const int64_t num_values = int64_t{num_rows} * w.cols;
-    const int64_t num_groups = int64_t{num_rows} * w.num_groups();
-    std::vector<float> values(x, x + num_values);
-    std::vector<uint16_t> halves(static_cast<size_t>(whole_row_blocks(num_rows) * w.cols));
-    std::vector<int8_t> quants(static_cast<size_t>(num_values));
-    std::vector<float> scales(static_cast<size_t>(num_groups)), scaled_sums(scales);
-    std::vector<int32_t> sums(scales.size());
-    std::vector<int32_t> offsets(scales.size());
-    const auto tile_rows = static_cast<size_t>(whole_row_blocks(num_rows));
-    std::vector<int8_t> tile_quants(tile_rows * static_cast<size_t>(w.cols));
-    std::vector<float> tile_scales(tile_quants.size() / kGroupSize), tile_scaled_sums(tile_scales);
-    const Activations input{w.cols,
-                            values.data(),
-                            halves.data(),
-                            quants.data(),
-                            scales.data(),
-                            sums.data(),
-                            scaled_sums.data(),
-                            offsets.data(),
-                            tile_quants.data(),
-                            tile_scales.data(),
-                            tile_scaled_sums.data()};
+    Arena sizes(nullptr);
+    take_activations(sizes, num_rows, w.cols);
+    const MappedMemory memory(sizes.nbytes());
+    Arena arena(memory.data());
+    const Activations input = take_activations(arena, num_rows, w.cols);
+    std::copy_n(x, int64_t{num_rows} * w.cols, input.values);
     for (int row = 0; row < num_rows && w.rounds_inputs(); ++row) {
       kernels.quantize(input.values + int64_t{row} * w.cols, input, w, row, 0, w.cols);
     }

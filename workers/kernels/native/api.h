@@ -21,7 +21,7 @@ enum FsStatus : int32_t {
   kInternal = 6,
 };
 
-enum FsDtype : int32_t { kFp32 = 0, kBf16 = 1, kInt8 = 2, kInt4 = 3 };
+enum FsDtype : int32_t { kFp32 = 0, kBf16 = 1, kInt8 = 2, kInt4 = 3, kNested4 = 4 };
 
 // A packed matrix as docs/artifact-format.md lays it out, or (in vector places) plain float32.
 struct FsTensor {
@@ -31,7 +31,7 @@ struct FsTensor {
   int32_t rows;
   int32_t cols;
   int32_t has_min;  // int4 only
-  int32_t rotated;  // int8 and int4 only
+  int32_t rotated;  // integers only
 };
 
 // Order of the tensor table: these, then the per-layer ones of layer 0, 1, ...

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <string>
 
+#include "activations.h"
 #include "batch.h"
 #include "failure.h"
 
@@ -53,22 +54,7 @@ Engine::Buffers Engine::Buffers::from(Arena& arena, const FsEngineConfig& config
   const int64_t tokens = config.max_num_batched_tokens;
   const int q_size = config.num_heads * config.head_dim;
   const int qkv_size = q_size + 2 * config.num_kv_heads * config.head_dim;
-  const auto activations = [&](int64_t cols) {
-    const int64_t num_groups = tokens * ((cols + kGroupSize - 1) / kGroupSize);
-    Activations x;
-    x.cols = static_cast<int>(cols);
-    x.values = arena.take<float>(tokens * cols);
-    x.halves = arena.take<uint16_t>(whole_row_blocks(tokens) * cols);
-    x.quants = arena.take<int8_t>(tokens * cols);
-    x.scales = arena.take<float>(num_groups);
-    x.sums = arena.take<int32_t>(num_groups);
-    x.scaled_sums = arena.take<float>(num_groups);
-    x.offsets = arena.take<int32_t>(num_groups);
-    x.tile_quants = arena.take<int8_t>(whole_row_blocks(tokens) * cols);
-    x.tile_scales = arena.take<float>(whole_row_blocks(tokens) * cols / kGroupSize);
-    x.tile_scaled_sums = arena.take<float>(whole_row_blocks(tokens) * cols / kGroupSize);
-    return x;
-  };
+  const auto activations = [&](int64_t cols) { return take_activations(arena, tokens, cols); };
   Buffers buffers;
   buffers.hidden = arena.take<float>(tokens * config.hidden_size);
   buffers.wide = arena.take<float>(tokens * std::max(qkv_size, 2 * config.intermediate_size));

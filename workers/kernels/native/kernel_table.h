@@ -22,12 +22,12 @@ struct Activations {
   int8_t* quants;      // (rows, cols): values / scale, rounded half to even
   // Of as many inputs as share a scale, Matrix::scale_group: (rows, Matrix::num_scales) each.
   float* scales;       // what a quant stands for
-  int32_t* sums;       // sum of the quants
-  float* scaled_sums;  // scale * sum
-  // What undoes the offset that makes weights unsigned. For int8, -128 * sum. For
-  // int4, two int16: -8 * (sum of the quants at index % 4 < 2) in the low half, the other quants'
-  // in the high half.
-  int32_t* offsets;
+  float* scaled_sums;  // scale * sum of the quants
+  int32_t* offsets;    // -128 * sum: what undoes it where weights + 128 are multiplied
+  int32_t* word_sums;  // where two groups share a scale: the sum of each, two int16
+  // Of each group of 32: (rows, Matrix::num_groups). What undoes it where nibbles are multiplied:
+  int32_t* group_offsets;  // -8 * sum
+  int32_t* word_offsets;   // in two int16, -8 * the sum of the quants at index % 4 < 2 and of the others
   // For the AMX family: (rows/16, num_scales, 16) of quants (scale_group each), scales and scaled sums.
   int8_t* tile_quants;
   float *tile_scales, *tile_scaled_sums;
@@ -118,7 +118,7 @@ constexpr int64_t attention_scratch_floats(int head_dim) {
 struct KernelTable {
   const char* isa;
   bool (*is_supported)();
-  MatmulKernel matmul[4];  // by FsDtype
+  MatmulKernel matmul[5];  // by FsDtype
   // Row kernels. n, cols, head_dim: any positive number (head_dim: a multiple of 8).
   void (*rms_norm)(float* y, const float* x, const float* weight, int cols, float eps);
   // Rounds one row's inputs as `weights` wants them, which are not fp32: fills the fields that they

@@ -90,6 +90,7 @@ KernelTable amx_kernels() {
   table.matmul[kBf16] = amx::matmul_amx_bf16;
   table.matmul[kInt8] = amx::matmul_amx_int8;
   table.matmul[kInt4] = amx::matmul_amx_int4;
+  table.matmul[kNested4] = amx::matmul_amx_nested4;
   table.quantize = amx::quantize_amx;
   table.attention = amx::attention<amx::HalvesAttention<amx::AttentionProducts>>;
   return table;

@@ -89,7 +89,8 @@ bool is_avx512_supported() {
 const KernelTable kAvx512Kernels = {
     "avx512",
     is_avx512_supported,
-    {avx512::matmul16_fp32, avx512::matmul16_bf16, avx512::matmul16_int8, avx512::matmul16_int4},
+    {avx512::matmul16_fp32, avx512::matmul16_bf16, avx512::matmul16_int8, avx512::matmul16_int4,
+     avx512::matmul16_nested4},
     avx512::rms_norm,
     avx512::quantize16,
     avx512::swiglu16,

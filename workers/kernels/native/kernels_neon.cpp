@@ -42,7 +42,8 @@ const KernelTable kNeonKernels = {
       constexpr unsigned long kDotProduct = 1ul << 20;  // HWCAP_ASIMDDP
       return (getauxval(AT_HWCAP) & kDotProduct) != 0;
     },
-    {neon::matmul_fp32, neon::matmul_bf16, neon::matmul_int8, neon::matmul_int4},
+    {neon::matmul_fp32, neon::matmul_bf16, neon::matmul_int8, neon::matmul_int4,
+     neon::matmul_nested4},
     neon::rms_norm,
     neon::quantize,
     neon::swiglu,

@@ -113,12 +113,52 @@ void dot_int4(float* acc, const uint8_t* panel, const Matrix& w, const Activatio
     I4 sums[8];
     for (int v = 0; v < 8; ++v) sums[v] = add_pairs(words[v]);
     const int64_t group = static_cast<int64_t>(row) * groups + g;
-    const int32_t offset = w.has_min ? 0 : 8 * x.sums[group];
+    const int32_t offset = w.has_min ? 0 : x.group_offsets[group];
     for (int r = 0; r < kPanelRows; ++r) {
-      const int32_t dot = sum_of_output(sums, r) - offset;
+      const int32_t dot = sum_of_output(sums, r) + offset;
       const float scale = float_from_half(scales[g * kPanelRows + r]);
       acc[r] += static_cast<float>(dot) * (x.scales[group] * scale);
       if (w.has_min) acc[r] += float_from_half(mins[g * kPanelRows + r]) * x.scaled_sums[group];
+    }
+  }
+}
+
+// The four numbers of two neighbouring outputs, each four times.
+template <class Byte>
+SIMD_INLINE Words8 each_four_times(const Byte* first, int stride) {
+  const int16_t a = first[0], b = first[stride];
+  return Words8{a, a, a, a, b, b, b, b};
+}
+
+// As dot_int8, with weights that are made on the way.
+void dot_nested4(float* acc, const uint8_t* panel, const Matrix& w, const Activations& x, int row) {
+  const NestedPanel parts(w, panel);
+  const int num_scales = w.num_scales();
+  const int8_t* inputs = x.quants + static_cast<int64_t>(row) * w.cols;
+  const uint8_t* nibbles = parts.nibbles;
+  for (int g = 0; g < num_scales; ++g) {
+    I4 sums[8] = {};
+    for (int half = 0; half < 2; ++half, inputs += kGroupSize) {
+      Words8 factors[8], shifts[8];
+      for (int v = 0; v < 8; ++v) {
+        const int output = g * kPanelRows + 2 * v;
+        factors[v] = each_four_times(parts.factors + output, 1) >> (4 * half) & 15;
+        shifts[v] = each_four_times(parts.shifts + 2 * output + half, 2);
+      }
+      for (int quad = 0; quad < 4; ++quad, nibbles += 64) {
+        const Words8 low = quad_twice(inputs + 4 * quad), high = quad_twice(inputs + 4 * quad + 16);
+        for (int v = 0; v < 8; ++v) {
+          const Words8 pair = widen(nibbles + 8 * v);
+          const Words8 first = ((pair & 15) - 8) * factors[v] + shifts[v];
+          const Words8 second = ((pair >> 4 & 15) - 8) * factors[v] + shifts[v];
+          sums[v] += add_pairs(first * low + second * high);
+        }
+      }
+    }
+    const float input_scale = x.scales[static_cast<int64_t>(row) * num_scales + g];
+    for (int r = 0; r < kPanelRows; ++r) {
+      const float scale = float_from_half(parts.scales[g * kPanelRows + r]);
+      acc[r] += static_cast<float>(sum_of_output(sums, r)) * (input_scale * scale);
     }
   }
 }
@@ -142,7 +182,8 @@ const KernelTable kPortableKernels = {
     "portable",
     [] { return true; },
     {portable::matmul<portable::dot_fp32>, portable::matmul<portable::dot_bf16>,
-     portable::matmul<portable::dot_int8>, portable::matmul<portable::dot_int4>},
+     portable::matmul<portable::dot_int8>, portable::matmul<portable::dot_int4>,
+     portable::matmul<portable::dot_nested4>},
     portable::rms_norm,
     portable::quantize,
     portable::swiglu,

@@ -148,16 +148,16 @@ void multiply_blocks(const Matrix& w, int panel, const TilePanel& data, const Ac
 constexpr int kMinLeftOver = 6;
 
 // `Few` multiplies fewer than 16 rows without tiles.
-template <bool HasMin, int Inputs, template <int> class Few>
+template <bool HasMin, int Inputs, template <int, int> class Few>
 SIMD_INLINE void tile_panel(const Matrix& w, int panel, const TilePanel& data, const Activations& x,
                             int row_begin, int row_end, const Output& out) {
   const int left_over = (row_end - row_begin) % kTileRows;
   const int tiles_end = left_over < kMinLeftOver ? row_end - left_over : row_end;
   multiply_blocks<HasMin, Inputs>(w, panel, data, x, row_begin, tiles_end, out);
-  run_panel16<Few>(w, panel, x, tiles_end, row_end, out);
+  run_panels16<Few, 1>(w, panel, x, tiles_end, row_end, out);
 }
 
-template <int Inputs, template <int> class Few>
+template <int Inputs, template <int, int> class Few>
 void multiply_int8(const Matrix& w, int panel_begin, int panel_end, const Activations& x,
                    int row_begin, int row_end, const Output& out) {
   static constexpr TileConfig config = int8_tiles(Inputs);
@@ -220,6 +220,26 @@ void matmul_amx_int4(const Matrix& w, int panel_begin, int panel_end, const Acti
     } else {
       tile_panel<false, kGroupSize, Tile16Int4Plain>(w, panel, data, x, row_begin, row_end, out);
     }
+  }
+  release_tiles();
+}
+
+void matmul_amx_nested4(const Matrix& w, int panel_begin, int panel_end, const Activations& x,
+                        int row_begin, int row_end, const Output& out, void* scratch) {
+  if (row_end - row_begin < kTileRows) {
+    matmul16_nested4(w, panel_begin, panel_end, x, row_begin, row_end, out, scratch);
+    return;
+  }
+  uint8_t* values = static_cast<uint8_t*>(scratch);
+  static constexpr TileConfig config = int8_tiles(2 * kGroupSize);
+  load_tile_config(config);
+  for (int panel = panel_begin; panel < panel_end; ++panel) {
+    unpack_nested(values, w, panel, 0);
+    TilePanel data;
+    data.values = reinterpret_cast<const int8_t*>(values);
+    data.scales = NestedPanel(w, w.panel(panel)).scales;
+    data.mins = nullptr;
+    tile_panel<false, 2 * kGroupSize, Tile16Nested4>(w, panel, data, x, row_begin, row_end, out);
   }
   release_tiles();
 }

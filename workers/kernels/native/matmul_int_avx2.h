@@ -14,10 +14,13 @@ SIMD_INLINE F8 load_half(const uint16_t* halves) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves)));
 }
 
-// A group of a panel: its weights and what its dot products are scaled with.
+// What shares a scale in a panel: weights and what their dot products are scaled with.
 struct Group {
   const uint8_t* weights;
   F8 scales[2], mins[2];
+  // nested4: of outputs 0-7 and 8-15, both groups' shifts side by side; of each group, its factors twice
+  // in each lane.
+  __m256i shifts[2], factors[2][2];
 };
 
 // An unpacked group of int8.
@@ -31,6 +34,13 @@ struct alignas(64) SplitGroup {
 struct alignas(64) NibbleGroup {
   uint8_t quants[512];
   float scales[kPanelRows], mins[kPanelRows];
+};
+
+// Two unpacked groups of nested4.
+struct alignas(64) NestedGroup {
+  uint8_t quants[2][512];
+  int16_t shifts[2 * kPanelRows], factors[2][2 * kPanelRows];
+  float scales[kPanelRows];
 };
 
 // A type of weights as it is packed (Packed..., Rotated) or unpacked (Split, Nibbles): how to
@@ -48,9 +58,9 @@ struct PackedInt8 {
         scales(reinterpret_cast<const uint16_t*>(panel + w.cols * kPanelRows)) {}
   SIMD_INLINE Group group(int g) const {
     const uint16_t* first = scales + g * kPanelRows;
-    return {panel + g * 512, {load_half(first), load_half(first + 8)}, {}};
+    return {panel + g * 512, {load_half(first), load_half(first + 8)}, {}, {}, {}};
   }
-  SIMD_INLINE void start(__m256i (&dot)[2], int, const Activations&, int64_t) const {
+  SIMD_INLINE void start(__m256i (&dot)[2], const Group&, int, const Activations&, int64_t) const {
     dot[0] = dot[1] = _mm256_setzero_si256();
   }
   template <int Rows>
@@ -72,7 +82,7 @@ struct RotatedInt8 : PackedInt8 {
     group.weights = panel + g * Groups * 512;
     return group;
   }
-  SIMD_INLINE void start(__m256i (&dot)[2], int, const Activations& x, int64_t index) const {
+  SIMD_INLINE void start(__m256i (&dot)[2], const Group&, int, const Activations& x, int64_t index) const {
     dot[0] = dot[1] = _mm256_set1_epi32(x.offsets[index]);
   }
   template <int Rows>
@@ -92,9 +102,9 @@ struct SplitInt8 {
 
   SIMD_INLINE Group group(int g) const {
     const SplitGroup& group = groups[g];
-    return {group.magnitudes, {load(group.scales), load(group.scales + 8)}, {}};
+    return {group.magnitudes, {load(group.scales), load(group.scales + 8)}, {}, {}, {}};
   }
-  SIMD_INLINE void start(__m256i (&dot)[2], int g, const Activations&, int64_t) const {
+  SIMD_INLINE void start(__m256i (&dot)[2], const Group&, int g, const Activations&, int64_t) const {
     const __m256i* negatives = reinterpret_cast<const __m256i*>(groups[g].negatives);
     dot[0] = _mm256_load_si256(negatives), dot[1] = _mm256_load_si256(negatives + 1);
   }
@@ -110,7 +120,7 @@ struct SplitInt8 {
 template <bool HasMin>
 SIMD_INLINE void start_nibbles(__m256i (&dot)[2], const Activations& x, int64_t index) {
   dot[0] = dot[1] =
-      HasMin ? _mm256_setzero_si256() : _mm256_set1_epi32(x.offsets[index]);
+      HasMin ? _mm256_setzero_si256() : _mm256_set1_epi32(x.word_offsets[index]);
 }
 SIMD_INLINE F8 value_of_nibbles(__m256i dot) {
   return _mm256_cvtepi32_ps(_mm256_madd_epi16(dot, _mm256_set1_epi16(1)));
@@ -129,11 +139,11 @@ struct PackedInt4 {
         mins(scales + w.num_groups() * kPanelRows) {}
   SIMD_INLINE Group group(int g) const {
     const uint16_t *scale = scales + g * kPanelRows, *min = mins + g * kPanelRows;
-    Group group{panel + g * 256, {load_half(scale), load_half(scale + 8)}, {}};
+    Group group{panel + g * 256, {load_half(scale), load_half(scale + 8)}, {}, {}, {}};
     if (HasMin) group.mins[0] = load_half(min), group.mins[1] = load_half(min + 8);
     return group;
   }
-  SIMD_INLINE void start(__m256i (&dot)[2], int, const Activations& x, int64_t index) const {
+  SIMD_INLINE void start(__m256i (&dot)[2], const Group&, int, const Activations& x, int64_t index) const {
     start_nibbles<HasMin>(dot, x, index);
   }
   template <int Rows>
@@ -154,9 +164,9 @@ struct Nibbles {
     const NibbleGroup& group = groups[g];
     return {group.quants,
             {load(group.scales), load(group.scales + 8)},
-            {load(group.mins), load(group.mins + 8)}};
+            {load(group.mins), load(group.mins + 8)}, {}, {}};
   }
-  SIMD_INLINE void start(__m256i (&dot)[2], int, const Activations& x, int64_t index) const {
+  SIMD_INLINE void start(__m256i (&dot)[2], const Group&, int, const Activations& x, int64_t index) const {
     start_nibbles<HasMin>(dot, x, index);
   }
   template <int Rows>
@@ -165,6 +175,108 @@ struct Nibbles {
     dot_nibbles<Rows>(dot, group.weights, x.quants + index * kGroupSize, x.cols);
   }
   static SIMD_INLINE F8 value(__m256i dot) { return value_of_nibbles(dot); }
+};
+
+// Both groups of nested4 have sums of nibbles, in 16 bits, which their factors make 32 of:
+// x . (factor (q - 8) + shift) = factor (x . (q - 8)) + shift (sum of x).
+template <int Rows, class Weights>
+SIMD_INLINE void add_nested(__m256i (&dot)[Rows][2], const Weights& weights, const Group& group,
+                            const Activations& x, int64_t index) {
+  const int64_t num_scales = x.cols / Weights::kInputs;
+  for (int i = 0; i < 2; ++i) {
+    __m256i nibbles[Rows][2];
+    for (int m = 0; m < Rows; ++m) {
+      start_nibbles<false>(nibbles[m], x, 2 * (index + m * num_scales) + i);
+    }
+    weights.template dot_group<Rows>(nibbles, group, i, x.quants + (2 * index + i) * kGroupSize, x.cols);
+    for (int m = 0; m < Rows; ++m) {
+      for (int half = 0; half < 2; ++half) {
+        const __m256i products = _mm256_madd_epi16(nibbles[m][half], group.factors[i][half]);
+        dot[m][half] = _mm256_add_epi32(dot[m][half], products);
+      }
+    }
+  }
+}
+SIMD_INLINE void start_nested(__m256i (&dot)[2], const Group& group, const Activations& x,
+                              int64_t index) {
+  const __m256i sums = _mm256_set1_epi32(x.word_sums[index]);
+  for (int half = 0; half < 2; ++half) dot[half] = _mm256_madd_epi16(sums, group.shifts[half]);
+}
+
+struct PackedNested4 {
+  static constexpr bool kHasMin = false;
+  static constexpr int kInputs = 2 * kGroupSize;
+  NestedPanel parts;
+
+  PackedNested4(const Matrix& w, const uint8_t* panel) : parts(w, panel) {}
+  SIMD_INLINE Group group(int g) const {
+    const int first = g * kPanelRows;
+    Group group{parts.nibbles + g * 512,
+                {load_half(parts.scales + first), load_half(parts.scales + first + 8)}, {}, {}, {}};
+    for (int half = 0; half < 2; ++half) {
+      const int8_t* shifts = parts.shifts + 2 * (first + 8 * half);
+      group.shifts[half] =
+          _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(shifts)));
+      const uint8_t* factors = parts.factors + first + 8 * half;
+      const __m256i both =
+          _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(factors)));
+      const __m256i twice = _mm256_or_si256(both, _mm256_slli_epi32(both, 16));
+      group.factors[0][half] = _mm256_and_si256(twice, _mm256_set1_epi16(15));
+      group.factors[1][half] = _mm256_srli_epi16(twice, 4);
+    }
+    return group;
+  }
+  SIMD_INLINE void start(__m256i (&dot)[2], const Group& group, int, const Activations& x,
+                         int64_t index) const {
+    start_nested(dot, group, x, index);
+  }
+  template <int Rows>
+  SIMD_INLINE void add(__m256i (&dot)[Rows][2], const Group& group, const Activations& x,
+                       int64_t index) const {
+    add_nested<Rows>(dot, *this, group, x, index);
+  }
+  template <int Rows>
+  SIMD_INLINE void dot_group(__m256i (&nibbles)[Rows][2], const Group& group, int i,
+                             const int8_t* quants, int64_t stride) const {
+    dot_int4<Rows>(nibbles, group.weights + i * 256, quants, stride);
+  }
+  static SIMD_INLINE F8 value(__m256i dot) { return _mm256_cvtepi32_ps(dot); }
+};
+
+struct NestedNibbles {
+  static constexpr bool kHasMin = false;
+  static constexpr int kInputs = 2 * kGroupSize;
+  const NestedGroup* groups;
+
+  SIMD_INLINE Group group(int g) const {
+    const NestedGroup& from = groups[g];
+    Group group{from.quants[0], {load(from.scales), load(from.scales + 8)}, {}, {}, {}};
+    for (int half = 0; half < 2; ++half) {
+      group.shifts[half] = load_words(from.shifts + 16 * half);
+      for (int i = 0; i < 2; ++i) group.factors[i][half] = load_words(from.factors[i] + 16 * half);
+    }
+    return group;
+  }
+  SIMD_INLINE void start(__m256i (&dot)[2], const Group& group, int, const Activations& x,
+                         int64_t index) const {
+    start_nested(dot, group, x, index);
+  }
+  template <int Rows>
+  SIMD_INLINE void add(__m256i (&dot)[Rows][2], const Group& group, const Activations& x,
+                       int64_t index) const {
+    add_nested<Rows>(dot, *this, group, x, index);
+  }
+  template <int Rows>
+  SIMD_INLINE void dot_group(__m256i (&nibbles)[Rows][2], const Group& group, int i,
+                             const int8_t* quants, int64_t stride) const {
+    dot_nibbles<Rows>(nibbles, group.weights + i * 512, quants, stride);
+  }
+  static SIMD_INLINE F8 value(__m256i dot) { return _mm256_cvtepi32_ps(dot); }
+
+ private:
+  static SIMD_INLINE __m256i load_words(const int16_t* words) {
+    return _mm256_load_si256(reinterpret_cast<const __m256i*>(words));
+  }
 };
 
 // Adds groups [0, count) of `weights`, which are the row's groups from `first_group` on, to the
@@ -178,7 +290,7 @@ SIMD_INLINE void add_groups(float* sums, const Weights& weights, int count, int 
     fetch.advance();
     const Group group = weights.group(g);
     __m256i dot[Rows][2];
-    for (int m = 0; m < Rows; ++m) weights.start(dot[m], g, x, first + m * num_groups + g);
+    for (int m = 0; m < Rows; ++m) weights.start(dot[m], group, g, x, first + m * num_groups + g);
     weights.template add<Rows>(dot, group, x, first + g);
 #pragma GCC unroll 4
     for (int m = 0; m < Rows; ++m) {
@@ -226,12 +338,13 @@ SIMD_INLINE PanelFetch fetch_next(const Matrix& w, int panel, int num_rows) {
 
 // A panel as it is packed; `scratch` holds the sums.
 template <class Weights>
-SIMD_INLINE void multiply_packed(const Matrix& w, int panel, const Activations& x, int row_begin,
-                                 int row_end, const Output& out, void* scratch) {
+SIMD_INLINE void multiply_packed(const Weights& weights, const Matrix& w, int panel,
+                                 const Activations& x, int row_begin, int row_end,
+                                 const Output& out, void* scratch) {
   float* sums = static_cast<float*>(scratch);
   std::memset(sums, 0, static_cast<size_t>(row_end - row_begin) * kPanelRows * sizeof(float));
   PanelFetch fetch = fetch_next(w, panel, row_end - row_begin);
-  add_groups(sums, Weights(w, w.panel(panel)), w.num_scales(), 0, x, row_begin, row_end, fetch);
+  add_groups(sums, weights, w.num_scales(), 0, x, row_begin, row_end, fetch);
   store_rows(sums, w, panel, row_begin, row_end, out);
 }
 
@@ -246,8 +359,8 @@ SIMD_INLINE void multiply_unpacked(const Matrix& w, int panel, const Activations
   Unpacked* chunk = reinterpret_cast<Unpacked*>(sums + kMaxMatmulRows * kPanelRows);
   PanelFetch fetch = fetch_next(w, panel, row_end - row_begin);
   std::memset(sums, 0, static_cast<size_t>(row_end - row_begin) * kPanelRows * sizeof(float));
-  for (int first = 0; first < w.num_groups(); first += kChunk) {
-    const int count = w.num_groups() - first < kChunk ? w.num_groups() - first : kChunk;
+  for (int first = 0; first < w.num_scales(); first += kChunk) {
+    const int count = w.num_scales() - first < kChunk ? w.num_scales() - first : kChunk;
     for (int g = 0; g < count; ++g) unpack(chunk[g], first + g);
     add_groups(sums, Weights{chunk}, count, first, x, row_begin, row_end, fetch);
   }
@@ -273,28 +386,44 @@ SIMD_INLINE void unpack_int8(SplitGroup& to, const Group& from) {
   }
 }
 
-SIMD_INLINE void unpack_int4(NibbleGroup& to, const Group& from) {
+SIMD_INLINE void unpack_nibbles(uint8_t* quants, const uint8_t* packed) {
   const __m256i nibble = _mm256_set1_epi8(15);
   for (int i = 0; i < 8; ++i) {
-    const __m256i bytes = load_bytes(from.weights + i * 32);
+    const __m256i bytes = load_bytes(packed + i * 32);
     const __m256i high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
-    __m256i* quants = reinterpret_cast<__m256i*>(to.quants + i * 32);
-    _mm256_store_si256(quants, _mm256_and_si256(bytes, nibble));
-    _mm256_store_si256(quants + 8, high);
+    __m256i* low = reinterpret_cast<__m256i*>(quants + i * 32);
+    _mm256_store_si256(low, _mm256_and_si256(bytes, nibble));
+    _mm256_store_si256(low + 8, high);
   }
+}
+
+SIMD_INLINE void unpack_int4(NibbleGroup& to, const Group& from) {
+  unpack_nibbles(to.quants, from.weights);
   for (int half = 0; half < 2; ++half) {
     store(to.scales + 8 * half, from.scales[half]);
     store(to.mins + 8 * half, from.mins[half]);
   }
 }
 
+SIMD_INLINE void unpack_nested4(NestedGroup& to, const Group& from) {
+  const auto keep = [](int16_t* words, __m256i from) {
+    _mm256_store_si256(reinterpret_cast<__m256i*>(words), from);
+  };
+  for (int half = 0; half < 2; ++half) {
+    store(to.scales + 8 * half, from.scales[half]);
+    keep(to.shifts + 16 * half, from.shifts[half]);
+    for (int i = 0; i < 2; ++i) keep(to.factors[i] + 16 * half, from.factors[i][half]);
+  }
+  for (int i = 0; i < 2; ++i) unpack_nibbles(to.quants[i], from.weights + i * 256);
+}
+
 void matmul_rotated_int8(const Matrix& w, int panel_begin, int panel_end, const Activations& x,
                          int row_begin, int row_end, const Output& out, void* scratch) {
   for (int panel = panel_begin; panel < panel_end; ++panel) {
     if (w.scale_group == kGroupSize) {
-      multiply_packed<RotatedInt8<1>>(w, panel, x, row_begin, row_end, out, scratch);
+      multiply_packed(RotatedInt8<1>(w, w.panel(panel)), w, panel, x, row_begin, row_end, out, scratch);
     } else {
-      multiply_packed<RotatedInt8<2>>(w, panel, x, row_begin, row_end, out, scratch);
+      multiply_packed(RotatedInt8<2>(w, w.panel(panel)), w, panel, x, row_begin, row_end, out, scratch);
     }
   }
 }
@@ -303,7 +432,7 @@ void matmul_raw_int8(const Matrix& w, int panel_begin, int panel_end, const Acti
                      int row_begin, int row_end, const Output& out, void* scratch) {
   for (int panel = panel_begin; panel < panel_end; ++panel) {
     if (row_end - row_begin < kManyInt8Rows) {
-      multiply_packed<PackedInt8>(w, panel, x, row_begin, row_end, out, scratch);
+      multiply_packed(PackedInt8(w, w.panel(panel)), w, panel, x, row_begin, row_end, out, scratch);
       continue;
     }
     const PackedInt8 packed(w, w.panel(panel));
@@ -324,7 +453,7 @@ void matmul_int4(const Matrix& w, int panel_begin, int panel_end, const Activati
                  int row_begin, int row_end, const Output& out, void* scratch) {
   for (int panel = panel_begin; panel < panel_end; ++panel) {
     if (row_end - row_begin < kManyInt4Rows) {
-      multiply_packed<PackedInt4<HasMin>>(w, panel, x, row_begin, row_end, out, scratch);
+      multiply_packed(PackedInt4<HasMin>(w, w.panel(panel)), w, panel, x, row_begin, row_end, out, scratch);
       continue;
     }
     const PackedInt4<HasMin> packed(w, w.panel(panel));
@@ -338,4 +467,18 @@ void matmul_int4(const Matrix& w, int panel_begin, int panel_end, const Activati
                  int row_begin, int row_end, const Output& out, void* scratch) {
   const MatmulKernel kernel = w.has_min ? matmul_int4<true> : matmul_int4<false>;
   kernel(w, panel_begin, panel_end, x, row_begin, row_end, out, scratch);
+}
+
+void matmul_nested4(const Matrix& w, int panel_begin, int panel_end, const Activations& x,
+                    int row_begin, int row_end, const Output& out, void* scratch) {
+  for (int panel = panel_begin; panel < panel_end; ++panel) {
+    const PackedNested4 packed(w, w.panel(panel));
+    if (row_end - row_begin < kManyInt4Rows) {
+      multiply_packed(packed, w, panel, x, row_begin, row_end, out, scratch);
+    } else {
+      multiply_unpacked<NestedNibbles, NestedGroup>(
+          w, panel, x, row_begin, row_end, out, scratch,
+          [&](NestedGroup& to, int g) { unpack_nested4(to, packed.group(g)); });
+    }
+  }
 }

@@ -154,6 +154,56 @@ struct NeonInt4 {
   }
 };
 
+// As int8, with weights that are made on the way. Bytes wrap around, and what they come to is one.
+template <int Rows>
+struct NeonNested4 {
+  static SIMD_INLINE void run(NeonTile<Rows>& acc, const uint8_t* panel, const Matrix& w,
+                              const Activations& x, int row) {
+    const NestedPanel parts(w, panel);
+    const int num_scales = w.num_scales();
+    const int8_t* quants = x.quants + static_cast<int64_t>(row) * w.cols;
+    const float* input_scales = x.scales + static_cast<int64_t>(row) * num_scales;
+    const uint8_t* nibbles = parts.nibbles;
+    for (int g = 0; g < num_scales; ++g) {
+      int32x4_t dots[Rows][kQuarters] = {};
+      const uint8x16_t both = vld1q_u8(parts.factors + g * kPanelRows);
+      const uint8x16_t factors[2] = {vandq_u8(both, vdupq_n_u8(15)), vshrq_n_u8(both, 4)};
+      const int8x16x2_t shifts = vld2q_s8(parts.shifts + g * kPanelRows * 2);
+      for (int group = 0; group < 2; ++group, quants += kGroupSize, nibbles += 256) {
+        for (int i = 0; i < kQuarters; ++i) {
+          const uint8x16_t outputs = vaddq_u8(quarter_lanes(), vdupq_n_u8(static_cast<uint8_t>(4 * i)));
+          const int8x16_t factor = vreinterpretq_s8_u8(vqtbl1q_u8(factors[group], outputs));
+          const int8x16_t shift = vqtbl1q_s8(shifts.val[group], outputs);
+          const int8x16_t start = vmlsq_s8(shift, factor, vdupq_n_s8(8));
+          for (int quad = 0; quad < 4; ++quad) {
+            const uint8x16_t packed = vld1q_u8(nibbles + quad * 64 + i * 16);
+            const uint8x16_t low_bits = vandq_u8(packed, vdupq_n_u8(15));
+            const int8x16_t low = vmlaq_s8(start, vreinterpretq_s8_u8(low_bits), factor);
+            const int8x16_t high =
+                vmlaq_s8(start, vreinterpretq_s8_u8(vshrq_n_u8(packed, 4)), factor);
+            for (int m = 0; m < Rows; ++m) {
+              const int8_t* input = quants + static_cast<int64_t>(m) * w.cols + quad * 4;
+              dots[m][i] = vdotq_s32(dots[m][i], low, splat_quad(input));
+              dots[m][i] = vdotq_s32(dots[m][i], high, splat_quad(input + 16));
+            }
+          }
+        }
+      }
+      for (int m = 0; m < Rows; ++m) {
+        const float input_scale = input_scales[static_cast<int64_t>(m) * num_scales + g];
+        add_scaled(acc[m], dots[m], parts.scales + g * kPanelRows, input_scale);
+      }
+    }
+  }
+
+ private:
+  // The number of its output in each byte of a register of four.
+  static SIMD_INLINE uint8x16_t quarter_lanes() {
+    const uint8_t lanes[16] = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3};
+    return vld1q_u8(lanes);
+  }
+};
+
 template <int Rows>
 using NeonInt4Min = NeonInt4<Rows, true>;
 template <int Rows>
@@ -186,6 +236,7 @@ void matmul(const Matrix& w, int panel_begin, int panel_end, const Activations& 
 constexpr MatmulKernel matmul_fp32 = matmul<NeonFp32>;
 constexpr MatmulKernel matmul_bf16 = matmul<NeonBf16>;
 constexpr MatmulKernel matmul_int8 = matmul<NeonInt8>;
+constexpr MatmulKernel matmul_nested4 = matmul<NeonNested4>;
 
 void matmul_int4(const Matrix& w, int panel_begin, int panel_end, const Activations& x,
                  int row_begin, int row_end, const Output& out, void* scratch) {

@@ -9,7 +9,7 @@
 namespace furiosa {
 
 constexpr int kPanelRows = 16;
-constexpr int kGroupSize = 32;  // inputs that are packed together, in int8 and int4
+constexpr int kGroupSize = 32;  // inputs that are packed together, where weights are integers
 
 struct Matrix {
   const uint8_t* data = nullptr;
@@ -22,7 +22,7 @@ struct Matrix {
   size_t panel_stride = 0;  // bytes from one panel to the next
 
   const uint8_t* panel(int index) const { return data + panel_stride * static_cast<size_t>(index); }
-  bool is_quantized() const { return dtype == kInt8 || dtype == kInt4; }
+  bool is_quantized() const { return dtype != kFp32 && dtype != kBf16; }
   // Products with bf16 weights take bf16 inputs, as the instructions for them do.
   bool rounds_inputs() const { return dtype != kFp32; }
   int num_groups() const { return cols / kGroupSize; }
@@ -31,6 +31,21 @@ struct Matrix {
   // inputs have no outliers and so lose little with half the levels; a pair of products with
   // weights + 128 is then at most 2 * 255 * 64, which 16 bits hold.
   int input_levels() const { return is_rotated && dtype == kInt8 ? 64 : 127; }
+};
+
+// The parts of a panel of kNested4: w = scale * (factor * (nibble - 8) + shift), and what is in
+// parentheses an int8.
+struct NestedPanel {
+  const uint8_t* nibbles;   // (cols/32, 4, 16, 4)
+  const uint16_t* scales;   // (cols/64, 16)
+  const int8_t* shifts;     // (cols/64, 16, 2): of both groups that share a scale
+  const uint8_t* factors;   // (cols/64, 16): of the first group in the low half, 1 to 15
+
+  NestedPanel(const Matrix& w, const uint8_t* panel)
+      : nibbles(panel),
+        scales(reinterpret_cast<const uint16_t*>(nibbles + w.cols * kPanelRows / 2)),
+        shifts(reinterpret_cast<const int8_t*>(scales + w.num_scales() * kPanelRows)),
+        factors(reinterpret_cast<const uint8_t*>(shifts + w.num_scales() * kPanelRows * 2)) {}
 };
 
 // Checks the tensor against its shape. Throws Failure(kInvalidArtifact) that names `name`.

@@ -119,6 +119,11 @@ SIMD_INLINE void round_to_bf16(uint16_t* y, float* rounded, const float* x, int 
 // Groups below are taken for zeros: the inverse of their scale would be no float.
 constexpr float kLeastScale = 0x1p-100f;
 
+// Two int16 side by side.
+constexpr int32_t two_words(int32_t low, int32_t high) {
+  return static_cast<int32_t>((static_cast<uint32_t>(low) & 0xffffu) | static_cast<uint32_t>(high) << 16);
+}
+
 // Groups that share a scale: one or two.
 template <int Groups>
 SIMD_INLINE void quantize_groups(const float* from, const Activations& x, const Matrix& weights,
@@ -130,8 +135,10 @@ SIMD_INLINE void quantize_groups(const float* from, const Activations& x, const 
   // Nothing here overlaps; told so, the compiler keeps the addresses in registers.
   int8_t* __restrict quants = x.quants + static_cast<int64_t>(row) * x.cols;
   float *__restrict scales = x.scales + first, *__restrict scaled = x.scaled_sums + first;
-  int32_t *__restrict totals = x.sums + first, *__restrict offsets = x.offsets + first;
-  const bool is_rotated = weights.is_rotated, is_int8 = weights.dtype == kInt8;
+  int32_t *__restrict offsets = x.offsets + first, *__restrict word_sums = x.word_sums + first;
+  int32_t *__restrict group_offsets = x.group_offsets + first * Groups;
+  int32_t *__restrict word_offsets = x.word_offsets + first * Groups;
+  const bool is_rotated = weights.is_rotated;
   for (int col = col_begin; col < col_end; col += kInputs) {
     F8 groups[Groups][4], highest = splat(0.0f);
     for (F8(&group)[4] : groups) {
@@ -142,25 +149,26 @@ SIMD_INLINE void quantize_groups(const float* from, const Activations& x, const 
     }
     const float largest = max_lane(highest);
     float scale = largest / levels;
-    int32_t sums[2] = {0, 0};  // of the quants at index % 4 < 2, and of the others
+    int32_t sums[Groups][2] = {};  // of the quants at index % 4 < 2, and of the others
     if (scale < kLeastScale) {
       scale = 0.0f;
       std::memset(quants + col, 0, kInputs);
     } else {
       for (int i = 0; i < Groups; ++i) {
-        int32_t of_group[2] = {0, 0};
-        quantize_group(quants + col + i * kGroupSize, groups[i], levels / largest, of_group);
-        sums[0] += of_group[0], sums[1] += of_group[1];
+        quantize_group(quants + col + i * kGroupSize, groups[i], levels / largest, sums[i]);
       }
     }
     const int index = col / kInputs;
-    const int32_t total = sums[0] + sums[1];
+    int32_t totals[2] = {0, 0};
+    for (int i = 0; i < Groups; ++i) {
+      totals[i] = sums[i][0] + sums[i][1];
+      group_offsets[index * Groups + i] = -8 * totals[i];
+      word_offsets[index * Groups + i] = two_words(-8 * sums[i][0], -8 * sums[i][1]);
+    }
     scales[index] = scale * factor;
-    totals[index] = total;
-    scaled[index] = scale * factor * static_cast<float>(total);
-    const uint32_t low = static_cast<uint32_t>(-8 * sums[0]) & 0xffffu;
-    const uint32_t halves = low | static_cast<uint32_t>(-8 * sums[1]) << 16;
-    offsets[index] = is_int8 ? -128 * total : static_cast<int32_t>(halves);
+    scaled[index] = scale * factor * static_cast<float>(totals[0] + totals[1]);
+    offsets[index] = -128 * (totals[0] + totals[1]);
+    if (Groups == 2) word_sums[index] = two_words(totals[0], totals[1]);
   }
 }
 

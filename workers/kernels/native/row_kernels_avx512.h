@@ -48,38 +48,45 @@ SIMD_INLINE void rotate_group16(__m512 (&group)[2]) {
   group[0] = sum;
 }
 
-// As quantize_groups<2> for rotated int8 weights, which read neither sums nor scaled sums.
+// As quantize_groups<2>, but for what the families that quantise so do not read: scaled sums, for none
+// of these weights has mins, and word offsets, which are the AVX2 family's.
 void quantize_pairs16(const float* values, const Activations& x, const Matrix& weights, int row,
                       int col_begin, int col_end) {
   constexpr int kInputs = 2 * kGroupSize;
   const int64_t first = int64_t{row} * (x.cols / kInputs);
   const float levels = static_cast<float>(weights.input_levels());
+  const float factor = weights.is_rotated ? 0.125f : 1.0f;
   int8_t* quants = x.quants + int64_t{row} * x.cols;
   for (int col = col_begin; col < col_end; col += kInputs, values += kInputs) {
     __m512 groups[2][2];
     for (int i = 0; i < 4; ++i) groups[i / 2][i % 2] = _mm512_loadu_ps(values + 16 * i);
-    rotate_group16(groups[0]);
-    rotate_group16(groups[1]);
+    for (auto& group : groups) {
+      if (weights.is_rotated) rotate_group16(group);
+    }
     const __m512 low = _mm512_max_ps(_mm512_abs_ps(groups[0][0]), _mm512_abs_ps(groups[0][1]));
     const __m512 high = _mm512_max_ps(_mm512_abs_ps(groups[1][0]), _mm512_abs_ps(groups[1][1]));
     const float largest = _mm512_reduce_max_ps(_mm512_max_ps(low, high));
     const float scale = largest / levels;
     const int64_t index = first + col / kInputs;
+    int32_t totals[2] = {0, 0};
     if (scale < kLeastScale) {
       std::memset(quants + col, 0, kInputs);
-      x.scales[index] = 0.0f;
-      x.offsets[index] = 0;
-      continue;
+    } else {
+      const __m512 inverse = splat16(levels / largest);
+      for (int i = 0; i < 2; ++i) {
+        __m512i words[2];
+        for (int half = 0; half < 2; ++half) {
+          words[half] = _mm512_cvtps_epi32(_mm512_mul_ps(groups[i][half], inverse));
+          int8_t* place = quants + col + kGroupSize * i + 16 * half;
+          _mm_storeu_si128(reinterpret_cast<__m128i*>(place), _mm512_cvtepi32_epi8(words[half]));
+        }
+        totals[i] = _mm512_reduce_add_epi32(_mm512_add_epi32(words[0], words[1]));
+      }
     }
-    const __m512 inverse = splat16(levels / largest);
-    __m512i total = _mm512_setzero_si512();
-    for (int i = 0; i < 4; ++i) {
-      const __m512i words = _mm512_cvtps_epi32(_mm512_mul_ps(groups[i / 2][i % 2], inverse));
-      total = _mm512_add_epi32(total, words);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(quants + col + 16 * i), _mm512_cvtepi32_epi8(words));
-    }
-    x.scales[index] = scale * 0.125f;
-    x.offsets[index] = -128 * _mm512_reduce_add_epi32(total);
+    x.scales[index] = scale < kLeastScale ? 0.0f : scale * factor;
+    x.offsets[index] = -128 * (totals[0] + totals[1]);
+    x.word_sums[index] = two_words(totals[0], totals[1]);
+    for (int i = 0; i < 2; ++i) x.group_offsets[2 * index + i] = -8 * totals[i];
   }
 }
 
@@ -109,6 +116,6 @@ void quantize16(const float* values, const Activations& x, const Matrix& weights
     bf16_from_float16(x.halves + int64_t{row} * x.cols + col_begin, values, col_end - col_begin);
     return;
   }
-  const bool has_pairs = weights.dtype == kInt8 && weights.scale_group != kGroupSize;
+  const bool has_pairs = weights.is_quantized() && weights.scale_group != kGroupSize;
   (has_pairs ? quantize_pairs16 : quantize)(values, x, weights, row, col_begin, col_end);
 }

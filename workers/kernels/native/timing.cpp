@@ -5,6 +5,7 @@
 #include <cmath>
 #include <vector>
 
+#include "activations.h"
 #include "api.h"
 #include "guarded.h"
 #include "kernel_table.h"
@@ -49,22 +50,6 @@ void fill(float* values, int64_t count) {
   }
 }
 
-Activations activations(Arena& arena, int num_rows, int cols) {
-  const int64_t num_values = int64_t{num_rows} * cols;
-  const int64_t num_groups = int64_t{num_rows} * ((cols + kGroupSize - 1) / kGroupSize);
-  return {cols,
-          arena.take<float>(num_values),
-          arena.take<uint16_t>(whole_row_blocks(num_rows) * cols),
-          arena.take<int8_t>(num_values),
-          arena.take<float>(num_groups),
-          arena.take<int32_t>(num_groups),
-          arena.take<float>(num_groups),
-          arena.take<int32_t>(num_groups),
-          arena.take<int8_t>(whole_row_blocks(num_rows) * cols),
-          arena.take<float>(whole_row_blocks(num_rows) * cols / kGroupSize),
-          arena.take<float>(whole_row_blocks(num_rows) * cols / kGroupSize)};
-}
-
 }  // namespace
 
 int32_t fs_time_matmul(const char* isa, const FsTensor* weights, int32_t num_weights,
@@ -78,7 +63,7 @@ int32_t fs_time_matmul(const char* isa, const FsTensor* weights, int32_t num_wei
     }
     const Matrix& first = matrices[0];
     const auto layout = [&](Arena& arena, Activations* x, float** y, uint8_t** scratch) {
-      *x = activations(arena, num_rows, first.cols);
+      *x = take_activations(arena, num_rows, first.cols);
       *y = arena.take<float>(int64_t{num_rows} * first.rows);
       *scratch = arena.take<uint8_t>(matmul_scratch_nbytes(first.cols) * num_pes);
     };
