@@ -183,13 +183,17 @@ template <int Rows, class Weights>
 SIMD_INLINE void add_nested(__m256i (&dot)[Rows][2], const Weights& weights, const Group& group,
                             const Activations& x, int64_t index) {
   const int64_t num_scales = x.cols / Weights::kInputs;
+#pragma GCC unroll 2
   for (int i = 0; i < 2; ++i) {
     __m256i nibbles[Rows][2];
+#pragma GCC unroll 4
     for (int m = 0; m < Rows; ++m) {
       start_nibbles<false>(nibbles[m], x, 2 * (index + m * num_scales) + i);
     }
     weights.template dot_group<Rows>(nibbles, group, i, x.quants + (2 * index + i) * kGroupSize, x.cols);
+#pragma GCC unroll 4
     for (int m = 0; m < Rows; ++m) {
+#pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
         const __m256i products = _mm256_madd_epi16(nibbles[m][half], group.factors[i][half]);
         dot[m][half] = _mm256_add_epi32(dot[m][half], products);
