@@ -1,6 +1,6 @@
 // How AVX512-BF16 multiplies for attention_halves.h: up to eight queries by blocks of 16 keys or
-// dimensions, one block a register, as in matmul_avx512.h.
-// Included inside the family's namespace, after attention_halves.h and matmul_avx512.h.
+// dimensions, one block a register, as in tiles_avx512.h.
+// Included inside the family's namespace, after attention_halves.h and tiles_avx512.h.
 
 // The assembly of a product reads queries and probabilities unknown to the compiler: what is written
 // before must be in its place by then, and must not be written anew too early.
@@ -69,13 +69,11 @@ struct AttentionProducts {
   static SIMD_INLINE void multiply(__m512 (&sums)[Blocks][Rows], const TileRows& rows,
                                    const uint16_t* blocks, int64_t block_stride, int64_t stride) {
     unrolled<kStep / 2>([&](auto pair) __attribute__((always_inline)) {
-      unrolled<Blocks>([&](auto b) __attribute__((always_inline)) {
-        const uint16_t* place = blocks + b.value * block_stride + pair.value * stride;
-        const __m512i of_block = _mm512_loadu_si512(place);
-        unrolled<Rows>([&](auto m) __attribute__((always_inline)) {
-          dot_pair<m.value, pair.value * 4>(sums[b.value][m.value], of_block, rows);
-        });
-      });
+      __m512i of_blocks[Blocks];
+      for (int b = 0; b < Blocks; ++b) {
+        of_blocks[b] = _mm512_loadu_si512(blocks + b * block_stride + pair.value * stride);
+      }
+      dot_pairs<pair.value * 4>(sums, of_blocks, rows);
     });
   }
 

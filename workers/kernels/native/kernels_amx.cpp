@@ -38,7 +38,11 @@ namespace amx {
 
 #include "attention_kernel.h"
 
+#include "tiles_avx512.h"
+
 #include "matmul_avx512.h"
+
+#include "matmul_nested4_avx512.h"
 
 #if defined(FS_EMULATE_ISA)
 using AttentionTiles = NoTiles;

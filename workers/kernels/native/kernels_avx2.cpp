@@ -29,6 +29,8 @@ namespace avx2 {
 
 #include "matmul_int_avx2.h"
 
+#include "matmul_nested4_avx2.h"
+
 }  // namespace avx2
 }  // namespace furiosa
 

@@ -38,7 +38,11 @@ namespace avx512 {
 
 #include "attention_kernel.h"
 
+#include "tiles_avx512.h"
+
 #include "matmul_avx512.h"
+
+#include "matmul_nested4_avx512.h"
 
 #if defined(FS_EMULATE_ISA)  // without AVX512-BF16, and what is the same bits as the AVX2 family's anyway
 using AttentionTiles = NoTiles;

@@ -1,6 +1,6 @@
 // Row kernels with 16 lanes, the same bits as those of row_kernels.h: every operation here is one on
 // single elements, or exact.
-// Included inside the family's namespace, after row_kernels.h and matmul_avx512.h.
+// Included inside the family's namespace, after row_kernels.h and tiles_avx512.h.
 
 SIMD_INLINE __m512 exp16(__m512 x) {
   const __m512 clamped = _mm512_max_ps(x, splat16(-87.0f));
