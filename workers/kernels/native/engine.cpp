@@ -257,15 +257,15 @@ void Engine::gate_up(int num_rows, const LayerWeights& weights) {
     return;
   }
   const MatmulKernel kernel = kernels_.matmul[w.dtype];
-  const int num_blocks = ceil_div(num_rows, kMaxMatmulRows);
+  const int block_rows = rows_per_block(num_rows), num_blocks = ceil_div(num_rows, block_rows);
   const int num_groups = width / group;
   const int num_stretches = std::max(1, pool_.size() * kItemsPerPe / num_blocks);
   const int stretch = std::min(ceil_div(num_groups, num_stretches) * group, kStretch);
   pool_.run(ceil_div(width, stretch) * num_blocks, [&](int item, int pe) {
     const PeScratch& scratch = scratch_[static_cast<size_t>(pe)];
     const int begin = item / num_blocks * stretch, end = std::min(begin + stretch, width);
-    const int first_row = item % num_blocks * kMaxMatmulRows;
-    const int end_row = std::min(first_row + kMaxMatmulRows, num_rows);
+    const int first_row = item % num_blocks * block_rows;
+    const int end_row = std::min(first_row + block_rows, num_rows);
     const int panel = begin / kPanelRows, num_panels = (end - begin) / kPanelRows;
     float* parts[2];
     for (int part = 0; part < 2; ++part) {

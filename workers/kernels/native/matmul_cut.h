@@ -14,6 +14,14 @@ namespace furiosa {
 // for all to end at nearly the same time.
 constexpr int kItemsPerPe = 24;
 
+// How many rows of a step are multiplied at a time: blocks are about equal, since a small one would wait
+// for memory. Whole 16, which the AMX family takes at once.
+inline int rows_per_block(int num_rows) {
+  const int num_blocks = (num_rows + kMaxMatmulRows - 1) / kMaxMatmulRows;
+  const int even = (num_rows + num_blocks - 1) / num_blocks;
+  return (even + 15) / 16 * 16;
+}
+
 struct MatmulCut {
   struct Part {
     int panel_begin, panel_end, row_begin, row_end;
@@ -22,7 +30,8 @@ struct MatmulCut {
   MatmulCut(const Matrix& w, int num_rows, int num_pes)
       : num_rows(num_rows),
         num_panels(w.num_panels),
-        num_row_blocks((num_rows + kMaxMatmulRows - 1) / kMaxMatmulRows) {
+        block_rows(rows_per_block(num_rows)),
+        num_row_blocks((num_rows + block_rows - 1) / block_rows) {
     const int num_stretches = std::max(1, num_pes * kItemsPerPe / num_row_blocks);
     panels_per_item = (num_panels + num_stretches - 1) / num_stretches;
     panels_per_item += panels_per_item % 2;  // a family may multiply two at a time
@@ -31,12 +40,12 @@ struct MatmulCut {
 
   Part part(int item) const {
     const int panel = item / num_row_blocks * panels_per_item;
-    const int row = item % num_row_blocks * kMaxMatmulRows;
+    const int row = item % num_row_blocks * block_rows;
     return {panel, std::min(panel + panels_per_item, num_panels), row,
-            std::min(row + kMaxMatmulRows, num_rows)};
+            std::min(row + block_rows, num_rows)};
   }
 
-  int num_rows, num_panels, num_row_blocks;
+  int num_rows, num_panels, block_rows, num_row_blocks;
   int panels_per_item, num_items;
 };
 
