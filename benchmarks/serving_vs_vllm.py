@@ -35,7 +35,9 @@ from serving import (
 )
 from vllm_server import PACKAGE, VERSION, find_or_install, vllm_server
 
-OURS, OURS_INT8, PEER = "ours, bf16", "ours, int8", "vLLM, bf16"
+OURS, OURS_TWICE, OURS_INT8 = "ours, bf16", "ours, bf16, dp = 2", "ours, int8"
+PEER = "vLLM, bf16"
+TWO_WORKERS = ("--devices", "npu:0:0,npu:0:1")  # of a PE each, where the others have one of two
 MAX_MODEL_LEN = 2048
 FIRST_SEED = 100  # of the rounds' prompts: all sides of a round get the same
 
@@ -60,6 +62,7 @@ class Comparison:
         """A run of each side per round; every other round goes through them backwards."""
         sides: dict[str, Callable[[], Command]] = {
             OURS: lambda: self._ours("bf16"),
+            OURS_TWICE: lambda: self._ours("bf16", *TWO_WORKERS),
             OURS_INT8: lambda: self._ours("int8"),
             PEER: self._peer,
         }
@@ -106,8 +109,8 @@ class Comparison:
             "idle_cpu": server.idle_cpu(IDLE_S * self._shape.share),
         }
 
-    def _ours(self, weights: str) -> Command:
-        return ours(str(self._gguf), "--weights", weights, "--log-level", "warning")
+    def _ours(self, weights: str, *options: str) -> Command:
+        return ours(str(self._gguf), "--weights", weights, "--log-level", "warning", *options)
 
     def _peer(self) -> Command:
         return vllm_server(
