@@ -17,7 +17,7 @@ import numpy as np
 
 from furiosa_llm.errors import ArtifactError, FuriosaLLMError, InvalidRequestError
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 ISA_VARIABLE = "FURIOSA_SERVE_ISA"
 KNOWN_ISAS = ("amx", "avx512", "avx2", "neon", "portable")  # of all CPUs, best first
 

@@ -9,7 +9,7 @@
 
 #define FS_API extern "C" __attribute__((visibility("default")))
 
-constexpr int32_t kAbiVersion = 1;
+constexpr int32_t kAbiVersion = 2;
 
 enum FsStatus : int32_t {
   kOk = 0,
