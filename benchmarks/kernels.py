@@ -25,7 +25,7 @@ from machine import facts, num_cores, results_path, table
 
 from furiosa_llm.workers.artifact.artifact import Tensor
 from furiosa_llm.workers.artifact.packing import pack_matrix
-from furiosa_llm.workers.artifact.sizes import weight_type
+from furiosa_llm.workers.artifact.sizes import FLOAT_DTYPES, weight_type
 from furiosa_llm.workers.kernels.native_library import resolve_isa
 from furiosa_llm.workers.kernels.native_timing import time_attention, time_matmul
 from furiosa_llm.workers.kernels.reference_matmul import load_matrix
@@ -79,7 +79,7 @@ def matrices_of(rows: int, cols: int, dtype: str) -> list[Tensor]:
     values = np.random.default_rng(0).standard_normal((rows, cols), np.float32)
     packed = pack_matrix(values, dtype)
     count = -(-WORKING_SET_NBYTES // len(packed))
-    rotated = dtype not in ("bf16", "fp32")
+    rotated = dtype not in FLOAT_DTYPES
     return [Tensor(dtype, rows, cols, False, rotated, aligned(packed)) for _ in range(count)]
 
 

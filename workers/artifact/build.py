@@ -20,6 +20,7 @@ from furiosa_llm.workers.artifact.memory import available_memory_bytes
 from furiosa_llm.workers.artifact.packing import pack_matrix, pack_quantized
 from furiosa_llm.workers.artifact.quantize import QuantizedRows, should_rotate
 from furiosa_llm.workers.artifact.sizes import (
+    FLOAT_DTYPES,
     PANEL_ROWS,
     WEIGHT_TYPES,
     cols_multiple,
@@ -150,7 +151,7 @@ def plan_matrix(name: str, parts: list[SourceMatrix], weights: str) -> MatrixPla
     if weights == "int4" and name in ("embed", "lm_head"):
         dtype = "int8"
     if dtype in ("int8", "int4") and parts[0].cols % cols_multiple(dtype):
-        dtype = own if own in ("bf16", "fp32") else "bf16"
+        dtype = own if own in FLOAT_DTYPES else "bf16"
     if parts[0].cols % cols_multiple(dtype):
         dtype = "fp32"
     kept = {"int8": {"Q8_0"}, "int4": {"Q4_0", "Q4_1"}}.get(dtype, set())
@@ -163,7 +164,7 @@ def plan_matrix(name: str, parts: list[SourceMatrix], weights: str) -> MatrixPla
 
 def _is_rotated(name: str, parts: list[SourceMatrix], plan: MatrixPlan) -> bool:
     """Whether to rotate the matrix before it is quantised, judged by some rows of each part."""
-    if plan.is_exact or plan.dtype in ("fp32", "bf16"):
+    if plan.is_exact or plan.dtype in FLOAT_DTYPES:
         return False
     rows = [part.values(0, min(_SAMPLE_ROWS, part.rows)) for part in parts]
     try:

@@ -13,6 +13,7 @@ from furiosa_llm.workers.artifact.layout import check_config, tensor_shapes
 from furiosa_llm.workers.artifact.model_config import ModelConfig
 from furiosa_llm.workers.artifact.sizes import (
     ALIGNMENT,
+    FLOAT_DTYPES,
     MATRIX_DTYPES,
     VECTOR,
     WEIGHT_TYPES,
@@ -228,7 +229,7 @@ def _read_entry(name: str, value: Any) -> TensorEntry:
         raise ArtifactError(f"tensor {name[:80]!r}: {entry.cols} columns cannot be {entry.dtype}")
     if entry.has_min and entry.dtype != "int4":
         raise ArtifactError(f"tensor {name[:80]!r} is {entry.dtype}: only int4 can have mins")
-    if entry.rotated and entry.dtype in ("fp32", "bf16", VECTOR):
+    if entry.rotated and entry.dtype in (*FLOAT_DTYPES, VECTOR):
         raise ArtifactError(f"tensor {name[:80]!r} is {entry.dtype}: only integers can be rotated")
     return entry
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from furiosa_llm.workers.artifact.quantize import QuantizedRows, quantize
 from furiosa_llm.workers.artifact.sizes import (
+    FLOAT_DTYPES,
     GROUP,
     PANEL_ROWS,
     cols_multiple,
@@ -48,7 +49,7 @@ def pack_matrix(values: NDArray[np.float32], dtype: str, *, rotated: bool = True
     """
     cols = values.shape[1]
     _check_cols(cols, dtype)
-    if dtype not in ("fp32", "bf16"):
+    if dtype not in FLOAT_DTYPES:
         values = np.ascontiguousarray(values, np.float32)
         return pack_quantized(quantize(values, dtype, rotated=rotated))
     panels = _in_panels(np.asarray(values, dtype=np.float32))
@@ -132,7 +133,7 @@ def unpack_matrix(
     rotated: bool = False,
 ) -> NDArray[np.float32]:
     """The values of a packed matrix, (rows, cols) float32: the inverse of `pack_matrix`."""
-    if dtype not in ("fp32", "bf16"):
+    if dtype not in FLOAT_DTYPES:
         return unpack_quantized(data, rows, cols, dtype, has_min, rotated).dequantize()
     num_panels = -(-rows // PANEL_ROWS)
     panels = data.reshape(num_panels, panel_nbytes(cols, dtype))

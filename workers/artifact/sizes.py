@@ -9,6 +9,7 @@ ALIGNMENT = 64
 VECTOR = "vector"
 WEIGHT_TYPES = ("fp32", "bf16", "int8", "int4")  # what a user may ask for
 MATRIX_DTYPES = (*WEIGHT_TYPES, "nested4")  # what a matrix may be
+FLOAT_DTYPES = ("fp32", "bf16")  # of these; the others are integers and scales
 
 
 def cols_multiple(dtype: str) -> int:

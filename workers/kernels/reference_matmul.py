@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from furiosa_llm.workers.artifact.artifact import Tensor
 from furiosa_llm.workers.artifact.packing import from_bf16, to_bf16, unpack_quantized
 from furiosa_llm.workers.artifact.rotation import INPUTS_FACTOR, hadamard
-from furiosa_llm.workers.artifact.sizes import GROUP, scale_group
+from furiosa_llm.workers.artifact.sizes import FLOAT_DTYPES, GROUP, scale_group
 from furiosa_llm.workers.executor import Float32, Int32
 
 # One BLAS call multiplies (TILE_ROWS, at most MAX_COLS) by (PANEL_ROWS, the same) transposed. That
@@ -45,7 +45,7 @@ class Matrix(Protocol):
 
 def load_matrix(tensor: Tensor) -> Matrix:
     """The matrix that an artifact's tensor holds, of whichever dtype."""
-    if tensor.dtype in ("fp32", "bf16"):
+    if tensor.dtype in FLOAT_DTYPES:
         return FloatMatrix(tensor.unpack(), rounds_inputs=tensor.dtype == "bf16")
     return QuantizedMatrix(tensor)
 

@@ -73,7 +73,7 @@ struct AttentionProducts {
       for (int b = 0; b < Blocks; ++b) {
         of_blocks[b] = _mm512_loadu_si512(blocks + b * block_stride + pair.value * stride);
       }
-      dot_pairs<pair.value * 4>(sums, of_blocks, rows);
+      add_tile_products<pair.value * 4>(sums, of_blocks, rows);
     });
   }
 

@@ -128,7 +128,7 @@ struct Tile16Bf16Dot {
                                    const TileRows& halves) {
     __m512i weights[Panels];
     values.load(weights, Pair * 64);
-    dot_pairs<Pair * 4>(acc, weights, halves);
+    add_tile_products<Pair * 4>(acc, weights, halves);
   }
 };
 #endif
@@ -156,7 +156,7 @@ SIMD_INLINE void multiply_bytes(Tile16<Rows, Panels>& acc, TilePanels<Panels> va
         __m512i weights[Panels];
         values.load(weights, quad.value * 64);
         for (int p = 0; p < Panels && Signed; ++p) weights[p] = _mm512_xor_si512(weights[p], sign);
-        dot_quads<quad.value * 4>(dot, weights, quants);
+        add_tile_products<quad.value * 4>(dot, weights, quants);
       });
     }
     for (int p = 0; p < Panels; ++p) add_scaled(acc[p], dot[p], scales.halves(p), input_scales);
@@ -211,8 +211,8 @@ struct Tile16Int4 {
         for (int p = 0; p < Panels; ++p) {
           low[p] = low_nibbles(packed[p]), high[p] = high_nibbles(packed[p]);
         }
-        dot_quads<quad.value * 4>(dot, low, quants);
-        dot_quads<quad.value * 4 + 16>(dot, high, quants);
+        add_tile_products<quad.value * 4>(dot, low, quants);
+        add_tile_products<quad.value * 4 + 16>(dot, high, quants);
       });
       for (int p = 0; p < Panels; ++p) {
         add_scaled(acc[p], dot[p], scales.halves(p), input_scales);

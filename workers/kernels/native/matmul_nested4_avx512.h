@@ -92,8 +92,8 @@ struct Tile16Nested4 {
         unrolled<4>([&](auto quad) __attribute__((always_inline)) {
           const __m512i packed = load_quad(nibbles + quad.value * 64);
           const __m512i low[1] = {low_nibbles(packed)}, high[1] = {high_nibbles(packed)};
-          dot_quads<quad.value * 4>(dot, low, quants);
-          dot_quads<quad.value * 4 + 16>(dot, high, quants);
+          add_tile_products<quad.value * 4>(dot, low, quants);
+          add_tile_products<quad.value * 4 + 16>(dot, high, quants);
         });
         const __m512i factors = words.factors_of(i);
         for (int m = 0; m < Rows; ++m) sums[m] = _mm512_dpwssd_epi32(sums[m], dot[0][m], factors);

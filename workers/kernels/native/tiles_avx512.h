@@ -50,12 +50,12 @@ template <int Row, int Offset = 0>
 SIMD_INLINE __m512i splat_int(const TileRows& ints) {
   return _mm512_set1_epi32(at_row<int32_t>(ints, Row, Offset));
 }
-SIMD_INLINE void dot_quad(__m512i& sums, __m512i weights, __m512i quad) {
+SIMD_INLINE void add_products(__m512i& sums, __m512i weights, __m512i quad) {
   sums = _mm512_dpbusd_epi32(sums, weights, quad);
 }
 template <int Row, int Offset>
-SIMD_INLINE void dot_quad(__m512i& sums, __m512i weights, const TileRows& quants) {
-  dot_quad(sums, weights, splat_int<Row, Offset>(quants));
+SIMD_INLINE void add_products(__m512i& sums, __m512i weights, const TileRows& quants) {
+  add_products(sums, weights, splat_int<Row, Offset>(quants));
 }
 template <int Row>
 SIMD_INLINE void dot_words(__m512i& sums, __m512i weights, const TileRows& words) {
@@ -96,23 +96,22 @@ SIMD_INLINE __m512i splat_int(const TileRows& ints) {
   return splat;
 }
 
-// sums += 16 outputs' weights times the row's four quants at `Offset`.
+// sums += 16 outputs' weights times the row's inputs at `Offset`: integers take four quants ...
 template <int Row, int Offset>
-SIMD_INLINE void dot_quad(__m512i& sums, __m512i weights, const TileRows& inputs) {
+SIMD_INLINE void add_products(__m512i& sums, __m512i weights, const TileRows& inputs) {
   FOR_TILE_ROWS(TILE_DOT, "vpdpbusd")
 }
-SIMD_INLINE void dot_quad(__m512i& sums, __m512i weights, __m512i quad) {
+SIMD_INLINE void add_products(__m512i& sums, __m512i weights, __m512i quad) {
   asm volatile("vpdpbusd %[quad], %[weights], %[sums]"
                : [sums] "+v"(sums)
                : [weights] "v"(weights), [quad] "v"(quad));
 }
-
-// sums += 16 outputs' weights of two inputs times the row's two at `Offset`, bfloat16.
+// ... and floats two bfloat16.
 template <int Row, int Offset>
-SIMD_INLINE void dot_pair(__m512& sums, __m512i weights, const TileRows& inputs) {
+SIMD_INLINE void add_products(__m512& sums, __m512i weights, const TileRows& inputs) {
   FOR_TILE_ROWS(TILE_DOT, "vdpbf16ps")
 }
-SIMD_INLINE void dot_pair(__m512& sums, __m512i weights, __m512i pair) {
+SIMD_INLINE void add_products(__m512& sums, __m512i weights, __m512i pair) {
   asm volatile("vdpbf16ps %[pair], %[weights], %[sums]"
                : [sums] "+v"(sums)
                : [weights] "v"(weights), [pair] "v"(pair));
@@ -143,45 +142,27 @@ SIMD_INLINE void unrolled(const Body& body) {
   }
 }
 
-// sums[b][m] += block b's 16 outputs' (or keys') weights times four quants of row m. Eight rows' quants
-// are loaded once for all blocks, since loads bound a CPU that begins two products a cycle; of fewer
-// rows each instruction loads its own, for they wait for memory, and such instructions are fewer.
-template <int Offset, int Rows, int Blocks>
-SIMD_INLINE void dot_quads(__m512i (&sums)[Blocks][Rows], const __m512i (&weights)[Blocks],
-                           const TileRows& quants) {
+// sums[b][m] += block b's 16 outputs' (or keys') weights times row m's inputs. Eight rows' inputs are
+// loaded once for all blocks, since loads bound a CPU that begins two products a cycle; of fewer rows
+// each instruction loads its own, for they wait for memory, and such instructions are fewer.
+template <int Offset, class Sum, int Rows, int Blocks>
+SIMD_INLINE void add_tile_products(Sum (&sums)[Blocks][Rows], const __m512i (&weights)[Blocks],
+                                   const TileRows& inputs) {
   if constexpr (Rows == 8 && Blocks > 1) {
     unrolled<Rows>([&](auto m) __attribute__((always_inline)) {
-      const __m512i quad = splat_int<m.value, Offset>(quants);
-      for (int b = 0; b < Blocks; ++b) dot_quad(sums[b][m.value], weights[b], quad);
+      const __m512i input = splat_int<m.value, Offset>(inputs);
+      for (int b = 0; b < Blocks; ++b) add_products(sums[b][m.value], weights[b], input);
     });
   } else {
     for (int b = 0; b < Blocks; ++b) {
       unrolled<Rows>([&](auto m) __attribute__((always_inline)) {
-        dot_quad<m.value, Offset>(sums[b][m.value], weights[b], quants);
+        add_products<m.value, Offset>(sums[b][m.value], weights[b], inputs);
       });
     }
   }
 }
 
 #if !defined(FS_EMULATE_ISA)
-// The same for two bfloat16 inputs of row m.
-template <int Offset, int Rows, int Blocks>
-SIMD_INLINE void dot_pairs(__m512 (&sums)[Blocks][Rows], const __m512i (&weights)[Blocks],
-                           const TileRows& halves) {
-  if constexpr (Rows == 8 && Blocks > 1) {
-    unrolled<Rows>([&](auto m) __attribute__((always_inline)) {
-      const __m512i pair = splat_int<m.value, Offset>(halves);
-      for (int b = 0; b < Blocks; ++b) dot_pair(sums[b][m.value], weights[b], pair);
-    });
-  } else {
-    for (int b = 0; b < Blocks; ++b) {
-      unrolled<Rows>([&](auto m) __attribute__((always_inline)) {
-        dot_pair<m.value, Offset>(sums[b][m.value], weights[b], halves);
-      });
-    }
-  }
-}
-
 // Whether bfloat16 products take vdpbf16ps, and read Activations::halves, or FMAs, and read `values`;
 // and whether attention to a bf16 cache takes it. Intel's processors do it at half the rate of FMAs,
 // which leaves nothing to gain in products; attention was not tried there.
