@@ -65,6 +65,7 @@ EMULATED __m512 loadu_ps(const void* place) {
   std::memcpy(&x, place, 64);
   return x;
 }
+EMULATED void storeu_ps(void* place, __m512 x) { std::memcpy(place, &x, 64); }
 // Lanes whose mask bit is 0 are not read (zero) and not written.
 EMULATED __m512 maskz_loadu_ps(__mmask16 mask, const void* place) {
   const float* from = static_cast<const float*>(place);
@@ -82,6 +83,10 @@ EMULATED __m512 add_ps(__m512 a, __m512 b) {
   const Lanes<float, __m512> x(a), y(b);
   return for_floats([&](int i) { return x.lane[i] + y.lane[i]; });
 }
+EMULATED __m512 sub_ps(__m512 a, __m512 b) {
+  const Lanes<float, __m512> x(a), y(b);
+  return for_floats([&](int i) { return x.lane[i] - y.lane[i]; });
+}
 EMULATED __m512 mul_ps(__m512 a, __m512 b) {
   const Lanes<float, __m512> x(a), y(b);
   return for_floats([&](int i) { return x.lane[i] * y.lane[i]; });
@@ -93,6 +98,19 @@ EMULATED __m512 fmadd_ps(__m512 a, __m512 b, __m512 c) {
 EMULATED __m512 cvtepi32_ps(__m512i a) {
   const Lanes<int32_t, __m512i> x(a);
   return for_floats([&](int i) { return static_cast<float>(x.lane[i]); });
+}
+EMULATED __mmask16 cmpeq_epi32_mask(__m512i a, __m512i b) {
+  const Lanes<int32_t, __m512i> x(a), y(b);
+  unsigned mask = 0;
+  for (int i = 0; i < 16; ++i) mask |= static_cast<unsigned>(x.lane[i] == y.lane[i]) << i;
+  return static_cast<__mmask16>(mask);
+}
+// The lanes of `a` at `places`, of which the lowest four bits count; `source`'s where the mask has none.
+EMULATED __m512 mask_permutexvar_ps(__m512 source, __mmask16 mask, __m512i places, __m512 a) {
+  const Lanes<float, __m512> x(source), y(a);
+  const Lanes<int32_t, __m512i> place(places);
+  return for_floats(
+      [&](int i) { return (mask >> i & 1) != 0 ? y.lane[place.lane[i] & 15] : x.lane[i]; });
 }
 EMULATED __m512 castsi512_ps(__m512i a) { return Lanes<int32_t, __m512i>(a).as<__m512>(); }
 EMULATED __m512 cvtph_ps(__m256i a) {
@@ -203,13 +221,17 @@ EMULATED __m512i dpwssd_epi32(__m512i sums, __m512i a, __m512i b) {
 #define _mm512_loadu_si512 emulated::loadu_si512
 #define _mm512_storeu_si512 emulated::storeu_si512
 #define _mm512_loadu_ps emulated::loadu_ps
+#define _mm512_storeu_ps emulated::storeu_ps
 #define _mm512_maskz_loadu_ps emulated::maskz_loadu_ps
 #define _mm512_mask_storeu_ps emulated::mask_storeu_ps
 #define _mm512_add_ps emulated::add_ps
+#define _mm512_sub_ps emulated::sub_ps
 #define _mm512_mul_ps emulated::mul_ps
 #define _mm512_fmadd_ps emulated::fmadd_ps
 #define _mm512_cvtepi32_ps emulated::cvtepi32_ps
 #define _mm512_castsi512_ps emulated::castsi512_ps
+#define _mm512_cmpeq_epi32_mask emulated::cmpeq_epi32_mask
+#define _mm512_mask_permutexvar_ps emulated::mask_permutexvar_ps
 #define _mm512_cvtph_ps emulated::cvtph_ps
 #define _mm512_cvtne2ps_pbh emulated::cvtne2ps_pbh
 #define _mm512_and_si512 emulated::and_si512

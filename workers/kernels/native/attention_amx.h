@@ -36,14 +36,28 @@ struct AttentionProducts {
     }
   }
 
-  // Those of few queries, from (keys, queries) to (queries, 64).
+  // Those of few queries, from (keys, queries) to (queries, 64). The scores of 16 keys with all queries are
+  // as many registers as there are queries, each of which has some of a query's.
   static void take_scores(float* scores, const HalvesRoom& room, int num_queries, int num_blocks,
                           int head_dim) {
     if (num_queries > kMostFew) return;
     const float* few_scores = few_scores_in(room, head_dim);
+    alignas(64) static constexpr int32_t kLanes[16] = {0, 1, 2,  3,  4,  5,  6,  7,
+                                                       8, 9, 10, 11, 12, 13, 14, 15};
+    const __m512i places =
+        _mm512_mullo_epi32(_mm512_loadu_si512(kLanes), _mm512_set1_epi32(num_queries));
     for (int query = 0; query < num_queries; ++query) {
-      for (int key = 0; key < num_blocks * kKeyBlock; ++key) {
-        scores[query * kPieceSize + key] = few_scores[key * num_queries + query];
+      const __m512i of_query = _mm512_add_epi32(places, _mm512_set1_epi32(query));
+      const __m512i registers = _mm512_srli_epi32(of_query, 4);
+      for (int block = 0; block < num_blocks; ++block) {
+        const float* of_block = few_scores + block * kKeyBlock * num_queries;
+        __m512 of_keys = splat16(0.0f);
+        for (int i = 0; i < num_queries; ++i) {
+          const __mmask16 lanes = _mm512_cmpeq_epi32_mask(registers, _mm512_set1_epi32(i));
+          of_keys = _mm512_mask_permutexvar_ps(of_keys, lanes, of_query,
+                                               _mm512_loadu_ps(of_block + 16 * i));
+        }
+        _mm512_storeu_ps(scores + query * kPieceSize + block * kKeyBlock, of_keys);
       }
     }
   }
@@ -104,14 +118,12 @@ struct AttentionProducts {
                         int num_blocks, int head_dim, FetchAhead* ahead) {
     const int query_stride = num_queries * 4;
     for (int block = 0; block < num_blocks; ++block) {
-      const uint16_t* keys = row_of(piece, 0, block * kTileRows);
-      bool is_one_run = true;
-      for (int i = 1; i < kTileRows; ++i) {
-        is_one_run &= row_of(piece, 0, block * kTileRows + i) == keys + i * head_dim;
-      }
-      if (!is_one_run) {  // the values' place is free until they are packed
+      const int first = block * kTileRows;
+      const int known = std::max(first, piece.begin);
+      const uint16_t* keys = row_of(piece, 0, known) - (known - first) * head_dim;
+      if (piece.block_size % kTileRows != 0) {  // the values' place is free until they are packed
         for (int i = 0; i < kTileRows; ++i) {
-          std::memcpy(room.values + i * head_dim, row_of(piece, 0, block * kTileRows + i),
+          std::memcpy(room.values + i * head_dim, row_of(piece, 0, first + i),
                       static_cast<size_t>(head_dim) * 2);
         }
         keys = room.values;

@@ -17,6 +17,7 @@
 template <class Kv>
 struct Piece {
   int begin, end;                      // within the piece
+  int block_size;                      // so many positions lie after each other, from a multiple on
   const Kv* rows[2][kPieceSize];       // keys, values; valid in [begin, end)
   float scales[2][kPieceSize];         // int8 only; likewise
 };
@@ -227,7 +228,7 @@ SIMD_INLINE void divide(float* out, const float* acc, float total, int head_dim)
 template <class Kv>
 SIMD_INLINE void find_piece(const AttentionTask& task, int base, int begin, int end,
                             Piece<Kv>* piece) {
-  piece->begin = begin, piece->end = end;
+  piece->begin = begin, piece->end = end, piece->block_size = task.block_size;
   const int head_dim = task.head_dim, block_size = task.block_size;
   // Block by block: a division for every key would take as long as its products.
   int offset = (base + begin) % block_size;
@@ -255,7 +256,7 @@ SIMD_INLINE void find_piece(const AttentionTask& task, int base, int begin, int 
 template <class Kv>
 SIMD_INLINE Piece<float> widened(const Piece<Kv>& piece, int head_dim, float* room) {
   Piece<float> wide;
-  wide.begin = piece.begin, wide.end = piece.end;
+  wide.begin = piece.begin, wide.end = piece.end, wide.block_size = 1;
   for (int part = 0; part < 2; ++part) {
     for (int key = piece.begin; key < piece.end; ++key, room += head_dim) {
       for (int d = 0; d < head_dim; d += 8) store(room + d, load(piece.rows[part][key] + d));

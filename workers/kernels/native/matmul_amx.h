@@ -13,20 +13,33 @@
 
 constexpr int kTileRows = 16;
 
-// A panel as the tiles take it.
-struct TilePanel {
-  const int8_t* values;           // (cols/32, 8, 16, 4)
+// What a panel's sums are multiplied by.
+struct PanelScales {
   const uint16_t *scales, *mins;  // (scales of a row, 16); mins: null without
+
+  PanelScales(const Matrix& w, const uint8_t* place, bool has_min)
+      : scales(reinterpret_cast<const uint16_t*>(place)),
+        mins(has_min ? scales + w.num_scales() * kPanelRows : nullptr) {}
 };
+
+// An int32 below 2^22 in size, as a float: as mantissa of 1.5 * 2^23, which is then taken off.
+//
+// For about 170 cycles after an instruction on tiles one of two units that multiply 512 bits takes
+// nothing (measured on an Emerald Rapids), nor converts; adding goes on at the full rate. So two additions
+// are faster than a conversion.
+SIMD_INLINE __m512 float_by_adding(__m512i x) {
+  const __m512i raised = _mm512_add_epi32(x, _mm512_set1_epi32(0x4b400000));
+  return _mm512_sub_ps(_mm512_castsi512_ps(raised), splat16(0x1.8p23f));
+}
 
 // Sums of a group's products for 16 rows, scaled, onto `acc`. scales, sums: the rows' inputs'.
 template <bool HasMin>
-SIMD_INLINE void add_group(__m512 (&acc)[kTileRows], const int32_t* dots, const TilePanel& data,
+SIMD_INLINE void add_group(__m512 (&acc)[kTileRows], const int32_t* dots, const PanelScales& data,
                            int g, const float* scales, const float* sums) {
   const __m512 scale = load16_half(data.scales + g * kPanelRows);
 #pragma GCC unroll 16
   for (int m = 0; m < kTileRows; ++m) {
-    const __m512 dot = _mm512_cvtepi32_ps(_mm512_loadu_si512(dots + m * kPanelRows));
+    const __m512 dot = float_by_adding(_mm512_loadu_si512(dots + m * kPanelRows));
     acc[m] = _mm512_fmadd_ps(dot, _mm512_mul_ps(splat16(scales[m]), scale), acc[m]);
   }
   if (HasMin) {
@@ -36,110 +49,144 @@ SIMD_INLINE void add_group(__m512 (&acc)[kTileRows], const int32_t* dots, const 
   }
 }
 
-// Tiles 0 and 1: sums; 4 and 5: inputs; 6 and 7: weights; each for every other product.
-constexpr TileConfig int8_tiles(int num_inputs) {
-  TileConfig config = {1, 0, {}, {64, 64, 0, 0, 0, 0, 64, 64}, {}};
-  for (const int tile : {0, 1, 4, 5}) config.rows[tile] = kTileRows;
-  config.row_nbytes[4] = config.row_nbytes[5] = static_cast<uint16_t>(num_inputs);
-  config.rows[6] = config.rows[7] = static_cast<uint8_t>(num_inputs / 4);
-  return config;
+// Asks for the lines that a block's outputs will be written to: other PEs have read or written them since,
+// and stores that wait for them would hold up those of tiles.
+SIMD_INLINE void own_outputs(int panel, int row, int count, const Output& out) {
+  const float* y = out.values + row * out.stride + panel * kPanelRows;
+  for (int m = 0; m < count; ++m, y += out.stride) asm volatile("prefetchw %0" : : "m"(*y));
 }
 
-// The products of some blocks of 16 rows with a panel, `Inputs` of the inputs at a time. They go through three stages,
-// one a turn, so that none waits for another: tiles are loaded, multiplied, stored.
-template <int Inputs>
-class TileProducts {
- public:
-  // What was stored is in the cache, and loads fast, two turns later: kStages after it was begun.
-  static constexpr int kStages = 4;
-
-  // What tiles store. Not within the object: what the compiler sees handed to assembly it cannot keep
-  // in registers.
-  struct alignas(64) Dots {
-    int32_t of[kStages][kTileRows * kPanelRows];
-  };
-
-  // per_block: products of a block; num_products: of all of them.
-  TileProducts(const int8_t* inputs, const int8_t* weights, int per_block, int num_products,
-               const PanelFetch& fetch, Dots& dots)
-      : dots_(dots.of[0]),
-        inputs_(inputs),
-        weights_(weights),
-        per_block_(per_block),
-        num_products_(num_products),
-        fetch_(fetch) {}
-
-  SIMD_INLINE void turn() {
-    const bool is_odd = (turn_ & 1) != 0;
-    if (turn_ < num_products_) {
-      fetch_.template advance<2>();  // few panels fit into the first-level cache beside the rest
-      const int8_t* weights = weights_ + place_in_block_ * Inputs * kPanelRows;
-      if (is_odd) {
-        TILE_LOAD(5, inputs_, Inputs);
-        TILE_LOAD(7, weights, 64);
-      } else {
-        TILE_LOAD(4, inputs_, Inputs);
-        TILE_LOAD(6, weights, 64);
-      }
-      inputs_ += kTileRows * Inputs;
-      if (++place_in_block_ == per_block_) place_in_block_ = 0;
-    }
-    if (turn_ - 1 >= 0 && turn_ - 1 < num_products_) {
-      if (is_odd) {
-        TILE_ZERO(0);
-        TILE_DOT_INT8(0, 4, 6);
-      } else {
-        TILE_ZERO(1);
-        TILE_DOT_INT8(1, 5, 7);
-      }
-    }
-    if (turn_ - 2 >= 0 && turn_ - 2 < num_products_) {
-      int32_t* place = dots_ + turn_ % kStages * kTileRows * kPanelRows;
-      if (is_odd) {
-        TILE_STORE(1, place, 64);
-      } else {
-        TILE_STORE(0, place, 64);
-      }
-    }
-    ++turn_;
-  }
-
-  // Of the product begun kStages turns before the latest: (16 rows, 16 outputs).
-  SIMD_INLINE const int32_t* dots() const {
-    return dots_ + (turn_ - 1 + 2) % kStages * kTileRows * kPanelRows;
-  }
-
- private:
-  int32_t* dots_;
-  const int8_t *inputs_, *weights_;
-  int per_block_, num_products_, turn_ = 0, place_in_block_ = 0;
-  PanelFetch fetch_;
-};
-
-// All blocks of 16 rows from `row` to `row_end`, the last one perhaps in part, times a panel.
-template <bool HasMin, int Inputs>
-void multiply_blocks(const Matrix& w, int panel, const TilePanel& data, const Activations& x,
-                     int row, int row_end, const Output& out) {
-  const int num_scales = w.num_scales();
-  const int num_products = (row_end - row + kTileRows - 1) / kTileRows * num_scales;
-  const int64_t first = int64_t{row / kTileRows} * num_scales * kTileRows;
-  const float *scales = x.tile_scales + first, *sums = x.tile_scaled_sums + first;
-  typename TileProducts<Inputs>::Dots dots;
-  TileProducts<Inputs> products(x.tile_quants + first * Inputs, data.values, num_scales,
-                                num_products, PanelFetch(w, panel + 1, 1, num_products), dots);
-  for (int i = 0; i < products.kStages; ++i) products.turn();
-  for (; row < row_end; row += kTileRows) {
-    __m512 acc[kTileRows];
-#pragma GCC unroll 16
-    for (int m = 0; m < kTileRows; ++m) acc[m] = splat16(0.0f);
-    for (int g = 0; g < num_scales; ++g, scales += kTileRows, sums += kTileRows) {
-      products.turn();
-      add_group<HasMin>(acc, products.dots(), data, g, scales, sums);
-    }
-    const int count = row_end - row < kTileRows ? row_end - row : kTileRows;
+// `count` rows' outputs of a panel; a block's are mostly whole and written without masks.
+SIMD_INLINE void store_block(__m512 (&acc)[kTileRows], const Matrix& w, int panel, int row, int count,
+                             const Output& out) {
+  const int first = panel * kPanelRows;
+  if (count < kTileRows || first + kPanelRows > w.rows) {
 #pragma GCC unroll 16
     for (int m = 0; m < kTileRows; ++m) {
       if (m < count) store_outputs(acc[m], w, panel, row + m, out);
+    }
+    return;
+  }
+  const int64_t stride = out.stride;
+  float* y = out.values + row * stride + first;
+  if (out.bias != nullptr) {
+    const __m512 bias = _mm512_loadu_ps(out.bias + first);
+#pragma GCC unroll 16
+    for (int m = 0; m < kTileRows; ++m) acc[m] = _mm512_add_ps(acc[m], bias);
+  }
+  if (out.accumulate) {
+#pragma GCC unroll 16
+    for (int m = 0; m < kTileRows; ++m) acc[m] = _mm512_add_ps(_mm512_loadu_ps(y + m * stride), acc[m]);
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < kTileRows; ++m) _mm512_storeu_ps(y + m * stride, acc[m]);
+}
+
+// Tile 0: sums; 1: inputs; 2: weights.
+constexpr TileConfig int8_tiles(int num_inputs) {
+  TileConfig config = {1, 0, {}, {64, 0, 64}, {kTileRows, kTileRows, 0}};
+  config.row_nbytes[1] = static_cast<uint16_t>(num_inputs);
+  config.rows[2] = static_cast<uint8_t>(num_inputs / 4);
+  return config;
+}
+
+// The products of blocks of 16 rows, `Inputs` of the inputs at a time, with one panel after the other.
+//
+// What is begun is read two turns later: in the turn between, the tile is stored and the next product
+// begun, so that none waits for another. (A CPU renames tiles, as it does registers.)
+template <int Inputs, class Values>
+class TileProducts {
+ public:
+  // What tiles store. Not within the object: what the compiler sees handed to assembly it cannot keep
+  // in registers.
+  struct alignas(64) Dots {
+    int32_t of[2][kTileRows * kPanelRows];
+  };
+
+  // values(panel): the panel as the tiles take it, until it is called for the one after the next.
+  TileProducts(const Matrix& w, int panel, int panel_end, const int8_t* inputs, int num_blocks,
+               const Values& values, Dots& dots)
+      : w_(w),
+        values_(values),
+        inputs_(inputs),
+        num_scales_(w.num_scales()),
+        num_blocks_(num_blocks),
+        panel_(panel),
+        panel_end_(panel_end),
+        stored_(dots.of[0]),
+        read_(dots.of[1]) {
+    enter_panel();
+    turn();
+    turn();
+  }
+
+  // Goes on; returns the sums (16 rows, 16 outputs) of the product that was begun two turns before.
+  SIMD_INLINE const int32_t* turn() {
+    std::swap(stored_, read_);
+    TILE_STORE(0, stored_, 64);
+    if (panel_ < panel_end_) {
+      fetch_.template advance<2>();  // few panels fit into the first-level cache beside the rest
+      TILE_LOAD(1, input_, Inputs);
+      TILE_LOAD(2, weights_, 64);
+      TILE_ZERO(0);
+      TILE_DOT_INT8(0, 1, 2);
+      input_ += kTileRows * Inputs;
+      weights_ += kPanelRows * Inputs;
+      if (--scales_left_ == 0) enter_block();
+    }
+    return read_;
+  }
+
+ private:
+  SIMD_INLINE void enter_block() {
+    scales_left_ = num_scales_;
+    weights_ = begin_;
+    if (--blocks_left_ > 0) return;
+    if (++panel_ < panel_end_) enter_panel();
+  }
+  SIMD_INLINE void enter_panel() {
+    begin_ = weights_ = values_(panel_);
+    input_ = inputs_;
+    scales_left_ = num_scales_;
+    blocks_left_ = num_blocks_;
+    fetch_ = PanelFetch(w_, panel_ + 1, 1, int64_t{num_scales_} * num_blocks_);
+  }
+
+  const Matrix& w_;
+  const Values& values_;
+  const int8_t* inputs_;
+  const int num_scales_, num_blocks_;
+  int panel_, panel_end_, scales_left_, blocks_left_;
+  const int8_t *begin_, *weights_, *input_;
+  int32_t *stored_, *read_;
+  PanelFetch fetch_;
+};
+
+// Panels times blocks of 16 rows from `row` to `row_end`, the last one perhaps in part. values(panel):
+// as TileProducts; data(panel): its scales.
+template <bool HasMin, int Inputs, class Values, class Scales>
+void multiply_blocks(const Matrix& w, int panel, int panel_end, const Activations& x, int row_begin,
+                     int row_end, const Output& out, const Values& values, const Scales& scales_of) {
+  if (row_begin >= row_end || panel >= panel_end) return;
+  const int num_scales = w.num_scales();
+  const int num_blocks = (row_end - row_begin + kTileRows - 1) / kTileRows;
+  const int64_t first = int64_t{row_begin / kTileRows} * num_scales * kTileRows;
+  typename TileProducts<Inputs, Values>::Dots dots;
+  TileProducts<Inputs, Values> products(w, panel, panel_end, x.tile_quants + first * Inputs,
+                                        num_blocks, values, dots);
+  for (; panel < panel_end; ++panel) {
+    const PanelScales data = scales_of(panel);
+    const float *scales = x.tile_scales + first, *sums = x.tile_scaled_sums + first;
+    for (int row = row_begin; row < row_end; row += kTileRows) {
+      const int count = std::min(row_end - row, kTileRows);
+      own_outputs(panel, row, count, out);
+      __m512 acc[kTileRows];
+#pragma GCC unroll 16
+      for (int m = 0; m < kTileRows; ++m) acc[m] = splat16(0.0f);
+      for (int g = 0; g < num_scales; ++g, scales += kTileRows, sums += kTileRows) {
+        add_group<HasMin>(acc, products.turn(), data, g, scales, sums);
+      }
+      store_block(acc, w, panel, row, count, out);
     }
   }
 }
@@ -147,41 +194,44 @@ void multiply_blocks(const Matrix& w, int panel, const TilePanel& data, const Ac
 // Fewer rows than this are faster without tiles.
 constexpr int kMinLeftOver = 6;
 
-// `Few` multiplies fewer than 16 rows without tiles.
-template <bool HasMin, int Inputs, template <int, int> class Few>
-SIMD_INLINE void tile_panel(const Matrix& w, int panel, const TilePanel& data, const Activations& x,
-                            int row_begin, int row_end, const Output& out) {
+// Panels times a range of rows, of which those that fill too little of a tile go to `few`, a kernel that
+// gives the same bits. values_nbytes: of a panel before its scales; unpack(values, panel): writes int8
+// (cols/32, 8, 16, 4) to `values` and returns where they are, which may be elsewhere.
+template <bool HasMin, int Inputs, class Unpack>
+SIMD_INLINE void multiply_int8(const Matrix& w, int panel_begin, int panel_end, const Activations& x,
+                               int row_begin, int row_end, const Output& out, void* scratch,
+                               MatmulKernel few, int64_t values_nbytes, const Unpack& unpack) {
+  static constexpr TileConfig config = int8_tiles(Inputs);
   const int left_over = (row_end - row_begin) % kTileRows;
   const int tiles_end = left_over < kMinLeftOver ? row_end - left_over : row_end;
-  multiply_blocks<HasMin, Inputs>(w, panel, data, x, row_begin, tiles_end, out);
-  run_panels16<Few, 1>(w, panel, x, tiles_end, row_end, out);
-}
-
-template <int Inputs, template <int, int> class Few>
-void multiply_int8(const Matrix& w, int panel_begin, int panel_end, const Activations& x,
-                   int row_begin, int row_end, const Output& out) {
-  static constexpr TileConfig config = int8_tiles(Inputs);
-  load_tile_config(config);
-  for (int panel = panel_begin; panel < panel_end; ++panel) {
-    TilePanel data;
-    data.values = reinterpret_cast<const int8_t*>(w.panel(panel));
-    data.scales = reinterpret_cast<const uint16_t*>(data.values + w.cols * kPanelRows);
-    data.mins = nullptr;
-    tile_panel<false, Inputs, Few>(w, panel, data, x, row_begin, row_end, out);
+  if (row_end - row_begin >= kTileRows) {
+    // A panel is unpacked while the one before is still multiplied.
+    const int64_t panel_nbytes = int64_t{w.cols} * kPanelRows;
+    const auto values = [&](int panel) __attribute__((always_inline)) {
+      return unpack(static_cast<int8_t*>(scratch) + panel % 2 * panel_nbytes, panel);
+    };
+    const auto scales = [&](int panel) __attribute__((always_inline)) {
+      return PanelScales(w, w.panel(panel) + values_nbytes, HasMin);
+    };
+    load_tile_config(config);
+    multiply_blocks<HasMin, Inputs>(w, panel_begin, panel_end, x, row_begin, tiles_end, out, values, scales);
+    release_tiles();
+    row_begin = tiles_end;
   }
-  release_tiles();
+  if (row_begin < row_end) few(w, panel_begin, panel_end, x, row_begin, row_end, out, scratch);
 }
 
 void matmul_amx_int8(const Matrix& w, int panel_begin, int panel_end, const Activations& x,
                      int row_begin, int row_end, const Output& out, void* scratch) {
-  if (row_end - row_begin < kTileRows) {
-    matmul16_int8(w, panel_begin, panel_end, x, row_begin, row_end, out, scratch);
-  } else if (w.scale_group == kGroupSize) {
-    multiply_int8<kGroupSize, Tile16Int8>(w, panel_begin, panel_end, x, row_begin, row_end, out);
-  } else {
-    multiply_int8<2 * kGroupSize, Tile16Int8Pairs>(w, panel_begin, panel_end, x, row_begin, row_end,
-                                                   out);
-  }
+  const auto values = [&](int8_t*, int panel) __attribute__((always_inline)) {
+    return reinterpret_cast<const int8_t*>(w.panel(panel));
+  };
+  const int64_t values_nbytes = int64_t{w.cols} * kPanelRows;
+  const auto multiply = w.scale_group == kGroupSize
+                            ? multiply_int8<false, kGroupSize, decltype(values)>
+                            : multiply_int8<false, 2 * kGroupSize, decltype(values)>;
+  multiply(w, panel_begin, panel_end, x, row_begin, row_end, out, scratch, matmul16_int8,
+           values_nbytes, values);
 }
 
 // Nibbles as the signed bytes that they stand for: 0 to 15 with mins, -8 to 7 without.
@@ -201,49 +251,27 @@ SIMD_INLINE void unpack_nibbles(int8_t* values, const uint8_t* panel, int groups
 
 void matmul_amx_int4(const Matrix& w, int panel_begin, int panel_end, const Activations& x,
                      int row_begin, int row_end, const Output& out, void* scratch) {
-  if (row_end - row_begin < kTileRows) {
-    matmul16_int4(w, panel_begin, panel_end, x, row_begin, row_end, out, scratch);
-    return;
-  }
-  int8_t* values = static_cast<int8_t*>(scratch);
-  static constexpr TileConfig config = int8_tiles(kGroupSize);
-  load_tile_config(config);
-  for (int panel = panel_begin; panel < panel_end; ++panel) {
-    const uint8_t* packed = w.panel(panel);
-    unpack_nibbles(values, packed, w.num_groups(), w.has_min);
-    TilePanel data;
-    data.values = values;
-    data.scales = reinterpret_cast<const uint16_t*>(packed + w.cols * kPanelRows / 2);
-    data.mins = data.scales + w.num_groups() * kPanelRows;
-    if (w.has_min) {
-      tile_panel<true, kGroupSize, Tile16Int4Min>(w, panel, data, x, row_begin, row_end, out);
-    } else {
-      tile_panel<false, kGroupSize, Tile16Int4Plain>(w, panel, data, x, row_begin, row_end, out);
-    }
-  }
-  release_tiles();
+  const auto unpack = [&](int8_t* values, int panel) __attribute__((always_inline)) {
+    unpack_nibbles(values, w.panel(panel), w.num_groups(), w.has_min);
+    return static_cast<const int8_t*>(values);
+  };
+  const int64_t values_nbytes = int64_t{w.cols} * kPanelRows / 2;
+  const auto multiply = w.has_min ? multiply_int8<true, kGroupSize, decltype(unpack)>
+                                  : multiply_int8<false, kGroupSize, decltype(unpack)>;
+  multiply(w, panel_begin, panel_end, x, row_begin, row_end, out, scratch, matmul16_int4,
+           values_nbytes, unpack);
 }
 
 void matmul_amx_nested4(const Matrix& w, int panel_begin, int panel_end, const Activations& x,
                         int row_begin, int row_end, const Output& out, void* scratch) {
-  if (row_end - row_begin < kTileRows) {
-    matmul16_nested4(w, panel_begin, panel_end, x, row_begin, row_end, out, scratch);
-    return;
-  }
-  uint8_t* values = static_cast<uint8_t*>(scratch);
-  static constexpr TileConfig config = int8_tiles(2 * kGroupSize);
-  load_tile_config(config);
-  for (int panel = panel_begin; panel < panel_end; ++panel) {
-    unpack_nested(values, w, panel, 0);
-    TilePanel data;
-    data.values = reinterpret_cast<const int8_t*>(values);
-    data.scales = NestedPanel(w, w.panel(panel)).scales;
-    data.mins = nullptr;
-    tile_panel<false, 2 * kGroupSize, Tile16Nested4>(w, panel, data, x, row_begin, row_end, out);
-  }
-  release_tiles();
+  const auto unpack = [&](int8_t* values, int panel) __attribute__((always_inline)) {
+    unpack_nested(reinterpret_cast<uint8_t*>(values), w, panel, 0);
+    return static_cast<const int8_t*>(values);
+  };
+  const int64_t values_nbytes = int64_t{w.cols} * kPanelRows / 2;
+  multiply_int8<false, 2 * kGroupSize>(w, panel_begin, panel_end, x, row_begin, row_end, out, scratch,
+                                       matmul16_nested4, values_nbytes, unpack);
 }
-
 constexpr int kTileInputs = 32;  // bfloat16 inputs of one tile product
 constexpr int kTileHalves = kTileRows * kTileInputs;
 
