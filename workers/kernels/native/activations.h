@@ -11,6 +11,7 @@ inline Activations take_activations(Arena& arena, int64_t num_rows, int64_t cols
   const int64_t num_groups = num_rows * ((cols + kGroupSize - 1) / kGroupSize);
   const int64_t tile_rows = whole_row_blocks(num_rows);
   Activations x;
+  x.num_rows = static_cast<int>(num_rows);
   x.cols = static_cast<int>(cols);
   x.values = arena.take<float>(num_rows * cols);
   x.halves = arena.take<uint16_t>(tile_rows * cols);

@@ -122,7 +122,7 @@ void Engine::step(const FsBatch& batch, const FsResult* result, float* logits) {
 
 // On return the rows of the residual stream are those of the sampled tokens, in their order.
 void Engine::forward(const FsBatch& batch) {
-  num_rows_ = batch.num_tokens;
+  set_num_rows(batch.num_tokens);
   if (num_rows_ == 0) return;
   locate_tokens(batch);
   plan_attention(batch);
@@ -134,6 +134,10 @@ void Engine::forward(const FsBatch& batch) {
     if (num_rows_ == 0) return;  // no token is sampled: the cache is what the step was for
     feed_forward_block(layer);
   }
+}
+
+void Engine::set_num_rows(int num_rows) {
+  num_rows_ = buffers_.input.num_rows = buffers_.inner.num_rows = num_rows;
 }
 
 void Engine::locate_tokens(const FsBatch& batch) {
@@ -194,7 +198,7 @@ void Engine::attention_block(const FsBatch& batch, int layer) {
 // The rows of the residual stream, and of q, become those of the sampled tokens. Each stays or moves
 // to the front, for sampled rows ascend; so none overwrites one that is still to be moved.
 void Engine::keep_sampled(const FsBatch& batch) {
-  num_rows_ = batch.num_samples;
+  set_num_rows(batch.num_samples);
   for (int i = 0; i < num_rows_; ++i) {
     const int token = batch.row_offsets[batch.sample_rows[i] + 1] - 1;
     const auto keep = [&](float* rows, int64_t width) {
@@ -224,6 +228,7 @@ void Engine::feed_forward_block(int layer) {
 // input[i] = norm of hidden[first + i], as `next` wants it.
 void Engine::norm_inputs(int first, int num_rows, const float* weight, const Matrix& next) {
   buffers_.input.cols = config_.hidden_size;
+  buffers_.input.num_rows = num_rows;
   for_rows(num_rows, [&](int row, int) { norm_row(row, first + row, weight, next); });
 }
 

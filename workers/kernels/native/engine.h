@@ -73,6 +73,7 @@ class Engine {
   };
 
   void forward(const FsBatch& batch);
+  void set_num_rows(int num_rows);
   void locate_tokens(const FsBatch& batch);
   void plan_attention(const FsBatch& batch);
   void plan_attention_of_sampled(const FsBatch& batch);

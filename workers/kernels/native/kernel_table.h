@@ -16,6 +16,7 @@ namespace furiosa {
 // whichever the family's products take, and the other is not to be read then; quantised ones the other
 // fields. The AMX family has `halves` in its own order, in whole blocks of 16 rows.
 struct Activations {
+  int num_rows;        // of the step
   int cols;
   float* values;       // (rows, cols)
   uint16_t* halves;    // (rows rounded up to 16, cols): values as bfloat16
@@ -28,7 +29,8 @@ struct Activations {
   // Of each group of 32: (rows, Matrix::num_groups). What undoes it where nibbles are multiplied:
   int32_t* group_offsets;  // -8 * sum
   int32_t* word_offsets;   // in two int16, -8 * the sum of the quants at index % 4 < 2 and of the others
-  // For the AMX family: (rows/16, num_scales, 16) of quants (scale_group each), scales and scaled sums.
+  // For the AMX family, which may fill nothing else for rows in whole blocks of 16: (rows/16,
+  // num_scales, 16) of quants (scale_group each), scales and scaled sums.
   int8_t* tile_quants;
   float *tile_scales, *tile_scaled_sums;
 };

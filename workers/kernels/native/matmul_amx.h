@@ -388,20 +388,54 @@ SIMD_INLINE __m512i bf16_from_floats(__m512 first, __m512 second) {
   return (__m512i)_mm512_cvtne2ps_pbh(second, first);
 }
 
+// Where the tiles have a row's scale: (rows/16, num_scales, 16), and of as many quants likewise.
+SIMD_INLINE int64_t place_of_scale(int row, int scale, int num_scales) {
+  return (int64_t{row / kTileRows} * num_scales + scale) * kTileRows + row % kTileRows;
+}
+
+#if !defined(FS_EMULATE_ISA)
+// Pairs of groups. Rows that only tiles take have the others' fields not filled.
+template <bool IsForTilesOnly>
+void quantize_pairs_for_tiles(const float* values, const Activations& x, const Matrix& weights, int row,
+                              int col_begin, int col_end) {
+  constexpr int kInputs = 2 * kGroupSize;
+  for (int col = col_begin; col < col_end; col += kInputs, values += kInputs) {
+    const Pair16 pair = quantized_pair(values, weights);
+    const int64_t place = place_of_scale(row, col / kInputs, x.cols / kInputs);
+    _mm512_storeu_si512(x.tile_quants + place * kInputs, pair.bytes());
+    x.tile_scales[place] = pair.scale;
+    if (!IsForTilesOnly) put_pair(pair, x, row, col);
+  }
+}
+#endif
+
+void quantize_for_tiles(const float* values, const Activations& x, const Matrix& weights, int row,
+                        int col_begin, int col_end) {
+  const int group = weights.scale_group, num_scales = x.cols / group;
+#if !defined(FS_EMULATE_ISA)
+  if (group != kGroupSize) {
+    const bool is_in_whole_block = row < x.num_rows / kTileRows * kTileRows;
+    (is_in_whole_block ? quantize_pairs_for_tiles<true> : quantize_pairs_for_tiles<false>)(
+        values, x, weights, row, col_begin, col_end);
+    return;
+  }
+#endif
+  quantize16(values, x, weights, row, col_begin, col_end);
+  const int64_t first = int64_t{row} * num_scales;
+  for (int g = col_begin / group; g < col_end / group; ++g) {
+    const int64_t place = place_of_scale(row, g, num_scales);
+    std::memcpy(x.tile_quants + place * group, x.quants + (first + g) * group,
+                static_cast<size_t>(group));
+    x.tile_scales[place] = x.scales[first + g];
+    if (weights.has_min) x.tile_scaled_sums[place] = x.scaled_sums[first + g];
+  }
+}
+
 // As the AVX-512 family's, and what tiles take: for bf16 weights instead, for quantised ones as well.
 void quantize_amx(const float* values, const Activations& x, const Matrix& weights, int row,
                   int col_begin, int col_end) {
   if (weights.is_quantized()) {
-    quantize16(values, x, weights, row, col_begin, col_end);
-    const int group = weights.scale_group, num_scales = x.cols / group;
-    const int64_t first = int64_t{row} * num_scales;
-    for (int g = col_begin / group; g < col_end / group; ++g) {
-      const int64_t place = (int64_t{row / kTileRows} * num_scales + g) * kTileRows + row % kTileRows;
-      std::memcpy(x.tile_quants + place * group, x.quants + (first + g) * group,
-                  static_cast<size_t>(group));
-      x.tile_scales[place] = x.scales[first + g];
-      if (weights.has_min) x.tile_scaled_sums[place] = x.scaled_sums[first + g];
-    }
+    quantize_for_tiles(values, x, weights, row, col_begin, col_end);
     return;
   }
   int col = col_begin;

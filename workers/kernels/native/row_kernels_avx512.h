@@ -48,45 +48,59 @@ SIMD_INLINE void rotate_group16(__m512 (&group)[2]) {
   group[0] = sum;
 }
 
+// 64 inputs that share a scale, quantised.
+struct Pair16 {
+  __m512i words[4];  // the quants, 16 in each
+  float scale;       // what a quant stands for
+
+  SIMD_INLINE __m512i bytes() const {
+    __m512i all = _mm512_castsi128_si512(_mm512_cvtepi32_epi8(words[0]));
+    all = _mm512_inserti32x4(all, _mm512_cvtepi32_epi8(words[1]), 1);
+    all = _mm512_inserti32x4(all, _mm512_cvtepi32_epi8(words[2]), 2);
+    return _mm512_inserti32x4(all, _mm512_cvtepi32_epi8(words[3]), 3);
+  }
+};
+
+SIMD_INLINE Pair16 quantized_pair(const float* values, const Matrix& weights) {
+  const float levels = static_cast<float>(weights.input_levels());
+  __m512 groups[2][2];
+  for (int i = 0; i < 4; ++i) groups[i / 2][i % 2] = _mm512_loadu_ps(values + 16 * i);
+  for (auto& group : groups) {
+    if (weights.is_rotated) rotate_group16(group);
+  }
+  const __m512 low = _mm512_max_ps(_mm512_abs_ps(groups[0][0]), _mm512_abs_ps(groups[0][1]));
+  const __m512 high = _mm512_max_ps(_mm512_abs_ps(groups[1][0]), _mm512_abs_ps(groups[1][1]));
+  const float largest = _mm512_reduce_max_ps(_mm512_max_ps(low, high));
+  const float scale = largest / levels;
+  const bool is_zero = scale < kLeastScale;
+  const __m512 inverse = splat16(is_zero ? 0.0f : levels / largest);
+  Pair16 pair;
+  for (int i = 0; i < 4; ++i) {
+    pair.words[i] = _mm512_cvtps_epi32(_mm512_mul_ps(groups[i / 2][i % 2], inverse));
+  }
+  pair.scale = is_zero ? 0.0f : scale * (weights.is_rotated ? 0.125f : 1.0f);
+  return pair;
+}
+
 // As quantize_groups<2>, but for what the families that quantise so do not read: scaled sums, for none
 // of these weights has mins, and word offsets, which are the AVX2 family's.
+SIMD_INLINE void put_pair(const Pair16& pair, const Activations& x, int row, int col) {
+  constexpr int kInputs = 2 * kGroupSize;
+  const int64_t index = int64_t{row} * (x.cols / kInputs) + col / kInputs;
+  const int totals[2] = {_mm512_reduce_add_epi32(_mm512_add_epi32(pair.words[0], pair.words[1])),
+                         _mm512_reduce_add_epi32(_mm512_add_epi32(pair.words[2], pair.words[3]))};
+  _mm512_storeu_si512(x.quants + int64_t{row} * x.cols + col, pair.bytes());
+  x.scales[index] = pair.scale;
+  x.offsets[index] = -128 * (totals[0] + totals[1]);
+  x.word_sums[index] = two_words(totals[0], totals[1]);
+  for (int i = 0; i < 2; ++i) x.group_offsets[2 * index + i] = -8 * totals[i];
+}
+
 void quantize_pairs16(const float* values, const Activations& x, const Matrix& weights, int row,
                       int col_begin, int col_end) {
   constexpr int kInputs = 2 * kGroupSize;
-  const int64_t first = int64_t{row} * (x.cols / kInputs);
-  const float levels = static_cast<float>(weights.input_levels());
-  const float factor = weights.is_rotated ? 0.125f : 1.0f;
-  int8_t* quants = x.quants + int64_t{row} * x.cols;
   for (int col = col_begin; col < col_end; col += kInputs, values += kInputs) {
-    __m512 groups[2][2];
-    for (int i = 0; i < 4; ++i) groups[i / 2][i % 2] = _mm512_loadu_ps(values + 16 * i);
-    for (auto& group : groups) {
-      if (weights.is_rotated) rotate_group16(group);
-    }
-    const __m512 low = _mm512_max_ps(_mm512_abs_ps(groups[0][0]), _mm512_abs_ps(groups[0][1]));
-    const __m512 high = _mm512_max_ps(_mm512_abs_ps(groups[1][0]), _mm512_abs_ps(groups[1][1]));
-    const float largest = _mm512_reduce_max_ps(_mm512_max_ps(low, high));
-    const float scale = largest / levels;
-    const int64_t index = first + col / kInputs;
-    int32_t totals[2] = {0, 0};
-    if (scale < kLeastScale) {
-      std::memset(quants + col, 0, kInputs);
-    } else {
-      const __m512 inverse = splat16(levels / largest);
-      for (int i = 0; i < 2; ++i) {
-        __m512i words[2];
-        for (int half = 0; half < 2; ++half) {
-          words[half] = _mm512_cvtps_epi32(_mm512_mul_ps(groups[i][half], inverse));
-          int8_t* place = quants + col + kGroupSize * i + 16 * half;
-          _mm_storeu_si128(reinterpret_cast<__m128i*>(place), _mm512_cvtepi32_epi8(words[half]));
-        }
-        totals[i] = _mm512_reduce_add_epi32(_mm512_add_epi32(words[0], words[1]));
-      }
-    }
-    x.scales[index] = scale < kLeastScale ? 0.0f : scale * factor;
-    x.offsets[index] = -128 * (totals[0] + totals[1]);
-    x.word_sums[index] = two_words(totals[0], totals[1]);
-    for (int i = 0; i < 2; ++i) x.group_offsets[2 * index + i] = -8 * totals[i];
+    put_pair(quantized_pair(values, weights), x, row, col);
   }
 }
 
