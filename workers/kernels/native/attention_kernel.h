@@ -17,7 +17,7 @@
 template <class Kv>
 struct Piece {
   int begin, end;                      // within the piece
-  int block_size;                      // so many positions lie after each other, from a multiple on
+  int block_size;                      // positions from a multiple of it to the next lie in a row
   const Kv* rows[2][kPieceSize];       // keys, values; valid in [begin, end)
   float scales[2][kPieceSize];         // int8 only; likewise
 };

@@ -163,7 +163,7 @@ class TileProducts {
 };
 
 // Panels times blocks of 16 rows from `row` to `row_end`, the last one perhaps in part. values(panel):
-// as TileProducts; data(panel): its scales.
+// as for TileProducts; scales_of(panel): what its sums are multiplied by.
 template <bool HasMin, int Inputs, class Values, class Scales>
 void multiply_blocks(const Matrix& w, int panel, int panel_end, const Activations& x, int row_begin,
                      int row_end, const Output& out, const Values& values, const Scales& scales_of) {
