@@ -165,7 +165,7 @@ struct HalvesAttention : AttentionTiles {
     // By the time this is done, scores are in the cache.
     pack_values<Products::kPositionsPerFetch>(halves.values, piece, num_steps * kStep, head_dim, ahead);
     Products::take_scores(state.scores, halves, num_queries, num_blocks, head_dim);
-    // Products come after all of it: beside tiles one of two units takes nothing (matmul_amx.h).
+    // Products come after all of it: multiplications are slow beside tiles (matmul_amx.h).
     for (int query = 0; query < num_queries; ++query) {
       int begin, end;
       visible(query, &begin, &end);

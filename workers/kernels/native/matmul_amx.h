@@ -24,9 +24,8 @@ struct PanelScales {
 
 // An int32 below 2^22 in size, as a float: as mantissa of 1.5 * 2^23, which is then taken off.
 //
-// For about 170 cycles after an instruction on tiles one of two units that multiply 512 bits takes
-// nothing (measured on an Emerald Rapids), nor converts; adding goes on at the full rate. So two additions
-// are faster than a conversion.
+// For some time after an instruction on tiles one of the two units for 512 bits takes no multiplication
+// and no conversion, but additions (measured on an Emerald Rapids): two of these are faster then.
 SIMD_INLINE __m512 float_by_adding(__m512i x) {
   const __m512i raised = _mm512_add_epi32(x, _mm512_set1_epi32(0x4b400000));
   return _mm512_sub_ps(_mm512_castsi512_ps(raised), splat16(0x1.8p23f));
@@ -272,6 +271,7 @@ void matmul_amx_nested4(const Matrix& w, int panel_begin, int panel_end, const A
   multiply_int8<false, 2 * kGroupSize>(w, panel_begin, panel_end, x, row_begin, row_end, out, scratch,
                                        matmul16_nested4, values_nbytes, unpack);
 }
+
 constexpr int kTileInputs = 32;  // bfloat16 inputs of one tile product
 constexpr int kTileHalves = kTileRows * kTileInputs;
 
