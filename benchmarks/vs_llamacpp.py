@@ -2,7 +2,7 @@
 
     python benchmarks/vs_llamacpp.py [--quick] [--models SmolLM2-135M 1B-shaped]
         [--weights int4 int8 bf16 fp32] [--shapes decode-64x4 ...] [--llama-bin DIR]
-        [--log FILE] [--limit-s SECONDS]
+        [--isa avx2] [--log FILE] [--limit-s SECONDS]
 
 Sets up the peer and the models (llamacpp.py, bench_models.py), then runs ours and theirs in turn,
 each run a fresh process, each shape at least three times, and prints medians, spread, ratios and
@@ -31,7 +31,7 @@ import comparison
 from bench_models import MODELS, our_artifact, peer_gguf
 from comparison import SHAPES, Log, Sample, Shape
 from limits import CACHE_DIR, measure
-from llamacpp import Peer, PeerSetting, find_or_build
+from llamacpp import ISA_ARGS, Peer, PeerSetting, find_or_build
 from machine import facts, results_path
 from other_load import OtherLoad, wait_until_quiet
 
@@ -190,7 +190,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}, once")
     parser.add_argument("--repeats", type=int, default=3, help="default: 3")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--isa", help="our kernel family (default: the best of this CPU)")
+    parser.add_argument(
+        "--isa", choices=[isa for isa in ISA_ARGS if isa], help="what both sides may use of the CPU"
+    )
     parser.add_argument("--llama-bin", type=Path, help="a directory of llama.cpp's tools")
     parser.add_argument("--cache-dir", type=Path, default=CACHE_DIR)
     parser.add_argument("--log", type=Path, help="default: in the cache directory, by day")
@@ -206,10 +208,11 @@ def main() -> None:
     about = facts()
     day = about["date"].split()[0]
     cache_dir = options.cache_dir.expanduser()
-    log = Log(options.log or cache_dir / f"vs-llamacpp-{day}.jsonl")
+    name = "vs-llamacpp" if options.isa is None else f"vs-llamacpp-{options.isa}"
+    log = Log(options.log or cache_dir / f"{name}-{day}.jsonl")
     cells = cells_of(options)
     if not options.render:
-        peer = find_or_build(cache_dir, options.llama_bin)
+        peer = find_or_build(cache_dir, options.llama_bin, options.isa)
         log.about |= about | {"llama.cpp": peer.version()}
         runner = Runner(log, peer, cache_dir, options)
         runner.prepare(cells)
@@ -220,7 +223,7 @@ def main() -> None:
     report = comparison.render(log)
     print("\n" + report)
     if not options.quick:
-        path = results_path("vs-llamacpp")
+        path = results_path(name)
         path.write_text(report, encoding="utf-8")
         print(f"written to {path}")
 

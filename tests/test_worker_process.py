@@ -217,11 +217,15 @@ def test_tokens_do_not_depend_on_how_a_worker_runs(
 ) -> None:
     with WorkerProcess(tmp_path, **changes) as worker:
         worker.ready()
-        assert worker.run(*REQUESTS) == expected
-        last = worker.messages[-1]
-        assert isinstance(last, Tokens)
-        assert (last.load.num_running, last.load.num_waiting) == (0, 0)
-        assert last.load.num_free_blocks == worker.configure.num_blocks
+        # A worker may have ended one request before it reads the next; then none is preempted.
+        for _ in range(100 if "num_blocks" in changes else 1):
+            assert worker.run(*REQUESTS) == expected
+            last = worker.messages[-1]
+            assert isinstance(last, Tokens)
+            assert (last.load.num_running, last.load.num_waiting) == (0, 0)
+            assert last.load.num_free_blocks == worker.configure.num_blocks
+            if last.load.num_preemptions:
+                break
         assert (last.load.num_preemptions > 0) == ("num_blocks" in changes)
 
 
