@@ -21,7 +21,6 @@ inline Activations take_activations(Arena& arena, int64_t num_rows, int64_t cols
   x.offsets = arena.take<int32_t>(num_groups);
   x.word_sums = arena.take<int32_t>(num_groups);
   x.group_offsets = arena.take<int32_t>(num_groups);
-  x.word_offsets = arena.take<int32_t>(num_groups);
   x.tile_quants = arena.take<int8_t>(tile_rows * cols);
   x.tile_scales = arena.take<float>(tile_rows * cols / kGroupSize);
   x.tile_scaled_sums = arena.take<float>(tile_rows * cols / kGroupSize);

@@ -15,31 +15,31 @@
 #define DOT_ROWS_3(ROW, Q) DOT_ROWS_2(ROW, Q) ROW(Q, "(%[x],%[stride],2)", "2")
 #define DOT_ROWS_4(ROW, Q) DOT_ROWS_3(ROW, Q) ROW(Q, "(%[x],%[stride3])", "3")
 
-#define DOT_SUMS_1 [low0] "+x"(dot[0][0]), [high0] "+x"(dot[0][1])
-#define DOT_SUMS_2 DOT_SUMS_1, [low1] "+x"(dot[1][0]), [high1] "+x"(dot[1][1])
-#define DOT_SUMS_3 DOT_SUMS_2, [low2] "+x"(dot[2][0]), [high2] "+x"(dot[2][1])
-#define DOT_SUMS_4 DOT_SUMS_3, [low3] "+x"(dot[3][0]), [high3] "+x"(dot[3][1])
+#define DOT_SUMS_1(SUM) [low0] SUM(dot[0][0]), [high0] SUM(dot[0][1])
+#define DOT_SUMS_2(SUM) DOT_SUMS_1(SUM), [low1] SUM(dot[1][0]), [high1] SUM(dot[1][1])
+#define DOT_SUMS_3(SUM) DOT_SUMS_2(SUM), [low2] SUM(dot[2][0]), [high2] SUM(dot[2][1])
+#define DOT_SUMS_4(SUM) DOT_SUMS_3(SUM), [low3] SUM(dot[3][0]), [high3] SUM(dot[3][1])
 
-// Defines NAME<Rows>(dot, weights, x, stride): dot += what GROUP(Rows) says. CONSTANT and SIGN are
-// registers that are only read.
-#define DEFINE_DOT_CASE(ROWS, GROUP, CONSTANT, SIGN)                                                  \
-  if constexpr (Rows == ROWS) {                                                                 \
-    asm volatile(GROUP(DOT_ROWS_##ROWS)                                                         \
-                 : DOT_SUMS_##ROWS, [in] "=&x"(in), [t] "=&x"(t), [low] "=&x"(low),             \
-                   [high] "=&x"(high)                                                           \
-                 : [w] "r"(weights), [x] "r"(x), [stride] "r"(stride), [stride3] "r"(3 * stride), \
-                   [constant] "x"(CONSTANT), [sign] "x"(SIGN)                                                     \
-                 : "memory");                                                                   \
+// Defines NAME<Rows>(dot, weights, x, stride): GROUP(Rows) adds to `dot`, or sets it, as SUM ("+x" or
+// "=&x") says. CONSTANT and SIGN are registers that are only read.
+#define DEFINE_DOT_CASE(ROWS, SUM, GROUP, CONSTANT, SIGN)                                                \
+  if constexpr (Rows == ROWS) {                                                                    \
+    asm volatile(GROUP(DOT_ROWS_##ROWS)                                                            \
+                 : DOT_SUMS_##ROWS(SUM), [in] "=&x"(in), [t] "=&x"(t), [low] "=&x"(low),           \
+                   [high] "=&x"(high)                                                              \
+                 : [w] "r"(weights), [x] "r"(x), [stride] "r"(stride), [stride3] "r"(3 * stride),  \
+                   [constant] "x"(CONSTANT), [sign] "x"(SIGN)                                      \
+                 : "memory");                                                                      \
   }
-#define DEFINE_DOT(NAME, GROUP, CONSTANT, SIGN)                                                       \
-  template <int Rows>                                                                           \
-  SIMD_INLINE void NAME(__m256i (&dot)[Rows][2], const uint8_t* weights, const int8_t* x,       \
-                        int64_t stride) {                                                       \
-    __m256i in, t, low, high;                                                                   \
-    DEFINE_DOT_CASE(1, GROUP, CONSTANT, SIGN)                                                         \
-    DEFINE_DOT_CASE(2, GROUP, CONSTANT, SIGN)                                                         \
-    DEFINE_DOT_CASE(3, GROUP, CONSTANT, SIGN)                                                         \
-    DEFINE_DOT_CASE(4, GROUP, CONSTANT, SIGN)                                                         \
+#define DEFINE_DOT(NAME, SUM, GROUP, CONSTANT, SIGN)                                                     \
+  template <int Rows>                                                                              \
+  SIMD_INLINE void NAME(__m256i (&dot)[Rows][2], const uint8_t* weights, const int8_t* x,          \
+                        int64_t stride) {                                                          \
+    __m256i in, t, low, high;                                                                      \
+    DEFINE_DOT_CASE(1, SUM, GROUP, CONSTANT, SIGN)                                                       \
+    DEFINE_DOT_CASE(2, SUM, GROUP, CONSTANT, SIGN)                                                       \
+    DEFINE_DOT_CASE(3, SUM, GROUP, CONSTANT, SIGN)                                                       \
+    DEFINE_DOT_CASE(4, SUM, GROUP, CONSTANT, SIGN)                                                       \
   }
 
 #define DOT_INPUT(OFFSET, X) "vpbroadcastd " OFFSET X ", %[in]\n\t"
@@ -90,41 +90,50 @@
   "vpxor " #Q "*64+32(%[w]), %[sign], %[high]\n\t" ROWS(DOT_OFFSET_ROW, Q)
 
 // Nibbles as bytes: at most 15, so that a lane's 16 products of a group are at most 15 * 127 * 16 =
-// 30480 and the whole group stays in 16 bits.
-#define DOT_NIBBLE_PRODUCTS(D)             \
-  "vpmaddubsw %[in], %[low], %[t]\n\t"     \
-  "vpmaddubsw %[in], %[high], %[in]\n\t"   \
+// 30480 and the whole group stays in 16 bits. The first quad's products are where the sums begin.
+#define DOT_NIBBLE_FIRST_ROW(Q, X, D)          \
+  DOT_INPUT(#Q "*4", X)                        \
+  "vpmaddubsw %[in], %[low], %[low" D "]\n\t"  \
+  "vpmaddubsw %[in], %[high], %[high" D "]\n\t"
+#define DOT_NIBBLE_PRODUCTS(D)                \
+  "vpmaddubsw %[in], %[low], %[t]\n\t"        \
+  "vpmaddubsw %[in], %[high], %[in]\n\t"      \
   "vpaddw %[t], %[low" D "], %[low" D "]\n\t" \
   "vpaddw %[in], %[high" D "], %[high" D "]\n\t"
 #define DOT_NIBBLE_ROW(Q, X, D) DOT_INPUT(#Q "*4", X) DOT_NIBBLE_PRODUCTS(D)
-#define DOT_NIBBLE_QUAD(ROWS, Q)         \
+#define DOT_NIBBLE_QUAD(ROWS, Q, ROW)    \
   "vmovdqa " #Q "*64(%[w]), %[low]\n\t"  \
-  "vmovdqa " #Q "*64+32(%[w]), %[high]\n\t" ROWS(DOT_NIBBLE_ROW, Q)
+  "vmovdqa " #Q "*64+32(%[w]), %[high]\n\t" ROWS(ROW, Q)
 
 // Nibbles as they are packed: quad Q in the low halves of its bytes, quad Q + 4 in the high ones.
 #define DOT_HIGH_NIBBLE_ROW(Q, X, D) DOT_INPUT(#Q "*4+16", X) DOT_NIBBLE_PRODUCTS(D)
-#define DOT_INT4_QUADS(ROWS, Q)                       \
-  "vpand " #Q "*64(%[w]), %[constant], %[low]\n\t"    \
-  "vpand " #Q "*64+32(%[w]), %[constant], %[high]\n\t" ROWS(DOT_NIBBLE_ROW, Q) \
-  "vmovdqa " #Q "*64(%[w]), %[low]\n\t"               \
-  "vmovdqa " #Q "*64+32(%[w]), %[high]\n\t"           \
-  "vpsrlw $4, %[low], %[low]\n\t"                     \
-  "vpsrlw $4, %[high], %[high]\n\t"                   \
-  "vpand %[constant], %[low], %[low]\n\t"             \
+#define DOT_INT4_QUADS(ROWS, Q, ROW)                          \
+  "vpand " #Q "*64(%[w]), %[constant], %[low]\n\t"            \
+  "vpand " #Q "*64+32(%[w]), %[constant], %[high]\n\t" ROWS(ROW, Q) \
+  "vmovdqa " #Q "*64(%[w]), %[low]\n\t"                       \
+  "vmovdqa " #Q "*64+32(%[w]), %[high]\n\t"                   \
+  "vpsrlw $4, %[low], %[low]\n\t"                             \
+  "vpsrlw $4, %[high], %[high]\n\t"                           \
+  "vpand %[constant], %[low], %[low]\n\t"                     \
   "vpand %[constant], %[high], %[high]\n\t" ROWS(DOT_HIGH_NIBBLE_ROW, Q)
 
-#define DOT_FOUR_QUADS(QUAD, ROWS) QUAD(ROWS, 0) QUAD(ROWS, 1) QUAD(ROWS, 2) QUAD(ROWS, 3)
-#define DOT_ALL_QUADS(QUAD, ROWS) \
-  DOT_FOUR_QUADS(QUAD, ROWS) QUAD(ROWS, 4) QUAD(ROWS, 5) QUAD(ROWS, 6) QUAD(ROWS, 7)
-
+#define DOT_ALL_QUADS(QUAD, ROWS)                                               \
+  QUAD(ROWS, 0) QUAD(ROWS, 1) QUAD(ROWS, 2) QUAD(ROWS, 3) QUAD(ROWS, 4)         \
+  QUAD(ROWS, 5) QUAD(ROWS, 6) QUAD(ROWS, 7)
 #define DOT_INT8_GROUP(ROWS) DOT_ALL_QUADS(DOT_INT8_QUAD, ROWS)
-#define DOT_SPLIT_GROUP(ROWS) DOT_ALL_QUADS(DOT_SPLIT_QUAD, ROWS)
 #define DOT_OFFSET_GROUP(ROWS) DOT_ALL_QUADS(DOT_OFFSET_QUAD, ROWS)
-#define DOT_NIBBLE_GROUP(ROWS) DOT_ALL_QUADS(DOT_NIBBLE_QUAD, ROWS)
-#define DOT_INT4_GROUP(ROWS) DOT_FOUR_QUADS(DOT_INT4_QUADS, ROWS)
+#define DOT_SPLIT_GROUP(ROWS) DOT_ALL_QUADS(DOT_SPLIT_QUAD, ROWS)
+#define DOT_NIBBLE_GROUP(ROWS)                                                                    \
+  DOT_NIBBLE_QUAD(ROWS, 0, DOT_NIBBLE_FIRST_ROW) DOT_NIBBLE_QUAD(ROWS, 1, DOT_NIBBLE_ROW)         \
+  DOT_NIBBLE_QUAD(ROWS, 2, DOT_NIBBLE_ROW) DOT_NIBBLE_QUAD(ROWS, 3, DOT_NIBBLE_ROW)               \
+  DOT_NIBBLE_QUAD(ROWS, 4, DOT_NIBBLE_ROW) DOT_NIBBLE_QUAD(ROWS, 5, DOT_NIBBLE_ROW)               \
+  DOT_NIBBLE_QUAD(ROWS, 6, DOT_NIBBLE_ROW) DOT_NIBBLE_QUAD(ROWS, 7, DOT_NIBBLE_ROW)
+#define DOT_INT4_GROUP(ROWS)                                                                      \
+  DOT_INT4_QUADS(ROWS, 0, DOT_NIBBLE_FIRST_ROW) DOT_INT4_QUADS(ROWS, 1, DOT_NIBBLE_ROW)           \
+  DOT_INT4_QUADS(ROWS, 2, DOT_NIBBLE_ROW) DOT_INT4_QUADS(ROWS, 3, DOT_NIBBLE_ROW)
 
-DEFINE_DOT(dot_int8, DOT_INT8_GROUP, _mm256_set1_epi16(1), _mm256_setzero_si256())
-DEFINE_DOT(dot_split_int8, DOT_SPLIT_GROUP, _mm256_set1_epi16(1), _mm256_setzero_si256())
-DEFINE_DOT(dot_offset_int8, DOT_OFFSET_GROUP, _mm256_set1_epi16(1), _mm256_set1_epi8(-128))
-DEFINE_DOT(dot_int4, DOT_INT4_GROUP, _mm256_set1_epi8(15), _mm256_setzero_si256())
-DEFINE_DOT(dot_nibbles, DOT_NIBBLE_GROUP, _mm256_set1_epi8(15), _mm256_setzero_si256())
+DEFINE_DOT(dot_int8, "+x", DOT_INT8_GROUP, _mm256_set1_epi16(1), _mm256_setzero_si256())
+DEFINE_DOT(dot_split_int8, "+x", DOT_SPLIT_GROUP, _mm256_set1_epi16(1), _mm256_setzero_si256())
+DEFINE_DOT(dot_offset_int8, "+x", DOT_OFFSET_GROUP, _mm256_set1_epi16(1), _mm256_set1_epi8(-128))
+DEFINE_DOT(dot_int4, "=&x", DOT_INT4_GROUP, _mm256_set1_epi8(15), _mm256_setzero_si256())
+DEFINE_DOT(dot_nibbles, "=&x", DOT_NIBBLE_GROUP, _mm256_setzero_si256(), _mm256_setzero_si256())

@@ -26,9 +26,8 @@ struct Activations {
   float* scaled_sums;  // scale * sum of the quants
   int32_t* offsets;    // -128 * sum: what undoes it where weights + 128 are multiplied
   int32_t* word_sums;  // where two groups share a scale: the sum of each, two int16
-  // Of each group of 32: (rows, Matrix::num_groups). What undoes it where nibbles are multiplied:
+  // Of each group of 32: (rows, Matrix::num_groups). What undoes it where nibbles are multiplied.
   int32_t* group_offsets;  // -8 * sum
-  int32_t* word_offsets;   // in two int16, -8 * the sum of the quants at index % 4 < 2 and of the others
   // For the AMX family, which may fill nothing else for rows in whole blocks of 16: (rows/16,
   // num_scales, 16) of quants (scale_group each), scales and scaled sums.
   int8_t* tile_quants;

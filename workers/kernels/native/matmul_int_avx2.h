@@ -7,8 +7,8 @@
 // with `dot` exact, so that its bits depend neither on the number of rows nor on the chunks.
 // Included inside the family's namespace, after dot_avx2.h and matmul_avx2.h.
 
-// From so many rows on, unpacking a panel pays. Measured on Zen 3.
-constexpr int kManyInt8Rows = 28, kManyInt4Rows = 40;
+// From so many rows on, unpacking a panel pays. Measured on Zen 3 and Zen 4.
+constexpr int kManyRows = 28;
 
 SIMD_INLINE F8 load_half(const uint16_t* halves) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves)));
@@ -18,9 +18,9 @@ SIMD_INLINE F8 load_half(const uint16_t* halves) {
 struct Group {
   const uint8_t* weights;
   F8 scales[2], mins[2];
-  // nested4: of outputs 0-7 and 8-15, both groups' shifts side by side; of each group, its factors twice
-  // in each lane.
-  __m256i shifts[2], factors[2][2];
+  // nested4: of outputs 0-7 and 8-15, what a nibble of 0 stands for in each of both groups, side by
+  // side; of each group, its factors twice in each lane.
+  __m256i zeros[2], factors[2][2];
 };
 
 // An unpacked group of int8.
@@ -36,9 +36,9 @@ struct alignas(64) NibbleGroup {
   float scales[kPanelRows], mins[kPanelRows];
 };
 
-// A type of weights as it is packed (Packed..., Rotated) or unpacked (Split, Nibbles): how to
-// start a row's dot products, add a group to them, and what they are then. `index` is the place of
-// the (first) row's group among all rows' groups.
+// A type of weights as it is packed (Packed..., Rotated) or unpacked (Split, Nibbles): `dots` gives the
+// exact dot products of group `g` and `Rows` rows. `index` is the place of the first row's group among
+// all rows' groups.
 
 struct PackedInt8 {
   static constexpr bool kHasMin = false;
@@ -53,15 +53,12 @@ struct PackedInt8 {
     const uint16_t* first = scales + g * kPanelRows;
     return {panel + g * 512, {load_half(first), load_half(first + 8)}, {}, {}, {}};
   }
-  SIMD_INLINE void start(__m256i (&dot)[2], const Group&, int, const Activations&, int64_t) const {
-    dot[0] = dot[1] = _mm256_setzero_si256();
-  }
   template <int Rows>
-  SIMD_INLINE void add(__m256i (&dot)[Rows][2], const Group& group, const Activations& x,
-                       int64_t index) const {
+  SIMD_INLINE void dots(__m256i (&dot)[Rows][2], const Group& group, int, const Activations& x,
+                        int64_t index) const {
+    for (int m = 0; m < Rows; ++m) dot[m][0] = dot[m][1] = _mm256_setzero_si256();
     dot_int8<Rows>(dot, group.weights, x.quants + index * kGroupSize, x.cols);
   }
-  static SIMD_INLINE F8 value(__m256i dot) { return _mm256_cvtepi32_ps(dot); }
 };
 
 // Rotated weights, whose inputs are at most 64: however many rows, the panel as it is packed. One or
@@ -75,12 +72,12 @@ struct RotatedInt8 : PackedInt8 {
     group.weights = panel + g * Groups * 512;
     return group;
   }
-  SIMD_INLINE void start(__m256i (&dot)[2], const Group&, int, const Activations& x, int64_t index) const {
-    dot[0] = dot[1] = _mm256_set1_epi32(x.offsets[index]);
-  }
   template <int Rows>
-  SIMD_INLINE void add(__m256i (&dot)[Rows][2], const Group& group, const Activations& x,
-                       int64_t index) const {
+  SIMD_INLINE void dots(__m256i (&dot)[Rows][2], const Group& group, int, const Activations& x,
+                        int64_t index) const {
+    for (int m = 0; m < Rows; ++m) {
+      dot[m][0] = dot[m][1] = _mm256_set1_epi32(x.offsets[index + m * (x.cols / kInputs)]);
+    }
     for (int i = 0; i < Groups; ++i) {
       const int8_t* quants = x.quants + index * kInputs + i * kGroupSize;
       dot_offset_int8<Rows>(dot, group.weights + i * 512, quants, x.cols);
@@ -97,26 +94,31 @@ struct SplitInt8 {
     const SplitGroup& group = groups[g];
     return {group.magnitudes, {load(group.scales), load(group.scales + 8)}, {}, {}, {}};
   }
-  SIMD_INLINE void start(__m256i (&dot)[2], const Group&, int g, const Activations&, int64_t) const {
-    const __m256i* negatives = reinterpret_cast<const __m256i*>(groups[g].negatives);
-    dot[0] = _mm256_load_si256(negatives), dot[1] = _mm256_load_si256(negatives + 1);
-  }
   template <int Rows>
-  SIMD_INLINE void add(__m256i (&dot)[Rows][2], const Group& group, const Activations& x,
-                       int64_t index) const {
+  SIMD_INLINE void dots(__m256i (&dot)[Rows][2], const Group& group, int g, const Activations& x,
+                        int64_t index) const {
+    const __m256i* negatives = reinterpret_cast<const __m256i*>(groups[g].negatives);
+    for (int m = 0; m < Rows; ++m) {
+      for (int half = 0; half < 2; ++half) dot[m][half] = _mm256_load_si256(negatives + half);
+    }
     dot_split_int8<Rows>(dot, group.weights, x.quants + index * kGroupSize, x.cols);
   }
-  static SIMD_INLINE F8 value(__m256i dot) { return _mm256_cvtepi32_ps(dot); }
 };
 
-// 16-bit sums. Without mins they start from what the nibbles' offset of 8 takes away.
-template <bool HasMin>
-SIMD_INLINE void start_nibbles(__m256i (&dot)[2], const Activations& x, int64_t index) {
-  dot[0] = dot[1] =
-      HasMin ? _mm256_setzero_si256() : _mm256_set1_epi32(x.word_offsets[index]);
-}
-SIMD_INLINE F8 value_of_nibbles(__m256i dot) {
-  return _mm256_cvtepi32_ps(_mm256_madd_epi16(dot, _mm256_set1_epi16(1)));
+// Sums of nibbles in 16 bits -> in 32. Without mins the nibbles' offset of 8 is taken away.
+template <bool HasMin, int Rows>
+SIMD_INLINE void widen_nibbles(__m256i (&dot)[Rows][2], const Activations& x, int64_t index) {
+#pragma GCC unroll 4
+  for (int m = 0; m < Rows; ++m) {
+    const int64_t group = index + m * (x.cols / kGroupSize);
+    const __m256i offset =
+        HasMin ? _mm256_setzero_si256() : _mm256_set1_epi32(x.group_offsets[group]);
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      dot[m][half] = _mm256_madd_epi16(dot[m][half], _mm256_set1_epi16(1));
+      if (!HasMin) dot[m][half] = _mm256_add_epi32(dot[m][half], offset);
+    }
+  }
 }
 
 template <bool HasMin>
@@ -136,15 +138,12 @@ struct PackedInt4 {
     if (HasMin) group.mins[0] = load_half(min), group.mins[1] = load_half(min + 8);
     return group;
   }
-  SIMD_INLINE void start(__m256i (&dot)[2], const Group&, int, const Activations& x, int64_t index) const {
-    start_nibbles<HasMin>(dot, x, index);
-  }
   template <int Rows>
-  SIMD_INLINE void add(__m256i (&dot)[Rows][2], const Group& group, const Activations& x,
-                       int64_t index) const {
+  SIMD_INLINE void dots(__m256i (&dot)[Rows][2], const Group& group, int, const Activations& x,
+                        int64_t index) const {
     dot_int4<Rows>(dot, group.weights, x.quants + index * kGroupSize, x.cols);
+    widen_nibbles<HasMin>(dot, x, index);
   }
-  static SIMD_INLINE F8 value(__m256i dot) { return value_of_nibbles(dot); }
 };
 
 template <bool HasMin>
@@ -159,30 +158,27 @@ struct Nibbles {
             {load(group.scales), load(group.scales + 8)},
             {load(group.mins), load(group.mins + 8)}, {}, {}};
   }
-  SIMD_INLINE void start(__m256i (&dot)[2], const Group&, int, const Activations& x, int64_t index) const {
-    start_nibbles<HasMin>(dot, x, index);
-  }
   template <int Rows>
-  SIMD_INLINE void add(__m256i (&dot)[Rows][2], const Group& group, const Activations& x,
-                       int64_t index) const {
+  SIMD_INLINE void dots(__m256i (&dot)[Rows][2], const Group& group, int, const Activations& x,
+                        int64_t index) const {
     dot_nibbles<Rows>(dot, group.weights, x.quants + index * kGroupSize, x.cols);
+    widen_nibbles<HasMin>(dot, x, index);
   }
-  static SIMD_INLINE F8 value(__m256i dot) { return value_of_nibbles(dot); }
 };
 
 // Adds groups [0, count) of `weights`, which are the row's groups from `first_group` on, to the
 // sums of `Rows` rows (16 floats each).
 template <int Rows, class Weights>
 SIMD_INLINE void add_groups(float* sums, const Weights& weights, int count, int first_group,
-                            const Activations& x, int row, PanelFetch& fetch) {
+                            const Activations& all, int row, PanelFetch& fetch) {
+  const Activations x = all;  // a copy stays in registers over the stores
   const int64_t num_groups = x.cols / Weights::kInputs;
   const int64_t first = row * num_groups + first_group;
   for (int g = 0; g < count; ++g) {
     fetch.advance();
     const Group group = weights.group(g);
     __m256i dot[Rows][2];
-    for (int m = 0; m < Rows; ++m) weights.start(dot[m], group, g, x, first + m * num_groups + g);
-    weights.template add<Rows>(dot, group, x, first + g);
+    weights.template dots<Rows>(dot, group, g, x, first + g);
 #pragma GCC unroll 4
     for (int m = 0; m < Rows; ++m) {
       const int64_t index = first + m * num_groups + g;
@@ -190,7 +186,7 @@ SIMD_INLINE void add_groups(float* sums, const Weights& weights, int count, int 
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
         float* sum = sums + m * kPanelRows + half * 8;
-        F8 acc = fma(Weights::value(dot[m][half]), mul(scale, group.scales[half]), load(sum));
+        F8 acc = fma(_mm256_cvtepi32_ps(dot[m][half]), mul(scale, group.scales[half]), load(sum));
         if (Weights::kHasMin) acc = fma(splat(x.scaled_sums[index]), group.mins[half], acc);
         store(sum, acc);
       }
@@ -310,7 +306,7 @@ void matmul_rotated_int8(const Matrix& w, int panel_begin, int panel_end, const 
 void matmul_raw_int8(const Matrix& w, int panel_begin, int panel_end, const Activations& x,
                      int row_begin, int row_end, const Output& out, void* scratch) {
   for (int panel = panel_begin; panel < panel_end; ++panel) {
-    if (row_end - row_begin < kManyInt8Rows) {
+    if (row_end - row_begin < kManyRows) {
       multiply_packed(PackedInt8(w, w.panel(panel)), w, panel, x, row_begin, row_end, out, scratch);
       continue;
     }
@@ -331,7 +327,7 @@ template <bool HasMin>
 void matmul_int4(const Matrix& w, int panel_begin, int panel_end, const Activations& x,
                  int row_begin, int row_end, const Output& out, void* scratch) {
   for (int panel = panel_begin; panel < panel_end; ++panel) {
-    if (row_end - row_begin < kManyInt4Rows) {
+    if (row_end - row_begin < kManyRows) {
       multiply_packed(PackedInt4<HasMin>(w, w.panel(panel)), w, panel, x, row_begin, row_end, out, scratch);
       continue;
     }

@@ -1,13 +1,13 @@
 // nested4 products of the AVX2 family. Nibbles are multiplied as int4's are; where those sums of 32
 // products, in 16 bits, are widened, the factors stand where int4 has ones:
-//     x . (factor (q - 8) + shift) = factor (x . (q - 8)) + shift (sum of x)
+//     x . (factor (q - 8) + shift) = factor (x . q) + (shift - 8 factor) (sum of x)
 // The sums of both groups that share a scale, in 32 bits, are exact, and scaled once.
 // Included inside the family's namespace, after matmul_int_avx2.h.
 
 // Two unpacked groups that share a scale.
 struct alignas(64) NestedGroup {
   uint8_t quants[2][512];
-  int16_t shifts[2 * kPanelRows], factors[2][2 * kPanelRows];  // as Group has them
+  int16_t zeros[2 * kPanelRows], factors[2][2 * kPanelRows];  // as Group has them
   float scales[kPanelRows];
 };
 
@@ -17,24 +17,20 @@ struct NestedProducts {
   static constexpr bool kHasMin = false;
   static constexpr int kInputs = 2 * kGroupSize;
 
-  SIMD_INLINE void start(__m256i (&dot)[2], const Group& group, int, const Activations& x,
-                         int64_t index) const {
-    const __m256i sums = _mm256_set1_epi32(x.word_sums[index]);
-    for (int half = 0; half < 2; ++half) dot[half] = _mm256_madd_epi16(sums, group.shifts[half]);
-  }
-
   // Not unrolled, GCC keeps sums and factors in memory, and this takes twice as long.
   template <int Rows>
-  SIMD_INLINE void add(__m256i (&dot)[Rows][2], const Group& group, const Activations& x,
-                       int64_t index) const {
+  SIMD_INLINE void dots(__m256i (&dot)[Rows][2], const Group& group, int, const Activations& x,
+                        int64_t index) const {
     const int64_t num_scales = x.cols / kInputs;
+#pragma GCC unroll 4
+    for (int m = 0; m < Rows; ++m) {
+      const __m256i sums = _mm256_set1_epi32(x.word_sums[index + m * num_scales]);
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) dot[m][half] = _mm256_madd_epi16(sums, group.zeros[half]);
+    }
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
       __m256i nibbles[Rows][2];
-#pragma GCC unroll 4
-      for (int m = 0; m < Rows; ++m) {
-        start_nibbles<false>(nibbles[m], x, 2 * (index + m * num_scales) + i);
-      }
       const int8_t* quants = x.quants + (2 * index + i) * kGroupSize;
       if constexpr (IsUnpacked) {
         dot_nibbles<Rows>(nibbles, group.weights + i * 512, quants, x.cols);
@@ -51,8 +47,6 @@ struct NestedProducts {
       }
     }
   }
-
-  static SIMD_INLINE F8 value(__m256i dot) { return _mm256_cvtepi32_ps(dot); }
 };
 
 struct PackedNested4 : NestedProducts<false> {
@@ -65,14 +59,17 @@ struct PackedNested4 : NestedProducts<false> {
                 {load_half(parts.scales + first), load_half(parts.scales + first + 8)}, {}, {}, {}};
     for (int half = 0; half < 2; ++half) {
       const int8_t* shifts = parts.shifts + 2 * (first + 8 * half);
-      group.shifts[half] =
-          _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(shifts)));
       const uint8_t* factors = parts.factors + first + 8 * half;
       const __m256i both =
           _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(factors)));
       const __m256i twice = _mm256_or_si256(both, _mm256_slli_epi32(both, 16));
-      group.factors[0][half] = _mm256_and_si256(twice, _mm256_set1_epi16(15));
-      group.factors[1][half] = _mm256_srli_epi16(twice, 4);
+      const __m256i low = _mm256_and_si256(twice, _mm256_set1_epi16(15));
+      const __m256i high = _mm256_srli_epi16(twice, 4);
+      group.factors[0][half] = low, group.factors[1][half] = high;
+      const __m256i side_by_side = _mm256_blend_epi16(low, high, 0xaa);
+      group.zeros[half] = _mm256_sub_epi16(
+          _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(shifts))),
+          _mm256_slli_epi16(side_by_side, 3));
     }
     return group;
   }
@@ -86,7 +83,7 @@ struct UnpackedNested4 : NestedProducts<true> {
     const NestedGroup& from = groups[g];
     Group group{from.quants[0], {load(from.scales), load(from.scales + 8)}, {}, {}, {}};
     for (int half = 0; half < 2; ++half) {
-      group.shifts[half] = load_words(from.shifts + 16 * half);
+      group.zeros[half] = load_words(from.zeros + 16 * half);
       for (int i = 0; i < 2; ++i) group.factors[i][half] = load_words(from.factors[i] + 16 * half);
     }
     return group;
@@ -104,7 +101,7 @@ SIMD_INLINE void unpack_nested4(NestedGroup& to, const Group& from) {
   };
   for (int half = 0; half < 2; ++half) {
     store(to.scales + 8 * half, from.scales[half]);
-    keep(to.shifts + 16 * half, from.shifts[half]);
+    keep(to.zeros + 16 * half, from.zeros[half]);
     for (int i = 0; i < 2; ++i) keep(to.factors[i] + 16 * half, from.factors[i][half]);
   }
   for (int i = 0; i < 2; ++i) unpack_nibbles(to.quants[i], from.weights + i * 256);
@@ -114,7 +111,7 @@ void matmul_nested4(const Matrix& w, int panel_begin, int panel_end, const Activ
                     int row_begin, int row_end, const Output& out, void* scratch) {
   for (int panel = panel_begin; panel < panel_end; ++panel) {
     const PackedNested4 packed(w, w.panel(panel));
-    if (row_end - row_begin < kManyInt4Rows) {
+    if (row_end - row_begin < kManyRows) {
       multiply_packed(packed, w, panel, x, row_begin, row_end, out, scratch);
     } else {
       multiply_unpacked<UnpackedNested4, NestedGroup>(

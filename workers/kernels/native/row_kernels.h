@@ -137,7 +137,6 @@ SIMD_INLINE void quantize_groups(const float* from, const Activations& x, const 
   float *__restrict scales = x.scales + first, *__restrict scaled = x.scaled_sums + first;
   int32_t *__restrict offsets = x.offsets + first, *__restrict word_sums = x.word_sums + first;
   int32_t *__restrict group_offsets = x.group_offsets + first * Groups;
-  int32_t *__restrict word_offsets = x.word_offsets + first * Groups;
   const bool is_rotated = weights.is_rotated;
   for (int col = col_begin; col < col_end; col += kInputs) {
     F8 groups[Groups][4], highest = splat(0.0f);
@@ -149,26 +148,25 @@ SIMD_INLINE void quantize_groups(const float* from, const Activations& x, const 
     }
     const float largest = max_lane(highest);
     float scale = largest / levels;
-    int32_t sums[Groups][2] = {};  // of the quants at index % 4 < 2, and of the others
+    int32_t sums[Groups] = {};
     if (scale < kLeastScale) {
       scale = 0.0f;
       std::memset(quants + col, 0, kInputs);
     } else {
       for (int i = 0; i < Groups; ++i) {
-        quantize_group(quants + col + i * kGroupSize, groups[i], levels / largest, sums[i]);
+        sums[i] = quantize_group(quants + col + i * kGroupSize, groups[i], levels / largest);
       }
     }
     const int index = col / kInputs;
-    int32_t totals[2] = {0, 0};
+    int32_t total = 0;
     for (int i = 0; i < Groups; ++i) {
-      totals[i] = sums[i][0] + sums[i][1];
-      group_offsets[index * Groups + i] = -8 * totals[i];
-      word_offsets[index * Groups + i] = two_words(-8 * sums[i][0], -8 * sums[i][1]);
+      total += sums[i];
+      group_offsets[index * Groups + i] = -8 * sums[i];
     }
     scales[index] = scale * factor;
-    scaled[index] = scale * factor * static_cast<float>(totals[0] + totals[1]);
-    offsets[index] = -128 * (totals[0] + totals[1]);
-    if (Groups == 2) word_sums[index] = two_words(totals[0], totals[1]);
+    scaled[index] = scale * factor * static_cast<float>(total);
+    offsets[index] = -128 * total;
+    if constexpr (Groups == 2) word_sums[index] = two_words(sums[0], sums[1]);
   }
 }
 

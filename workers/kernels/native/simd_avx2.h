@@ -61,7 +61,7 @@ SIMD_INLINE F8 swap_ones(F8 x) { return _mm256_permute_ps(x, 0xb1); }
 SIMD_INLINE F8 swap_pairs(F8 x) { return _mm256_permute_ps(x, 0x4e); }
 SIMD_INLINE F8 swap_halves(F8 x) { return _mm256_permute2f128_ps(x, x, 1); }
 
-SIMD_INLINE void quantize_group(int8_t* q, const F8 (&group)[4], float inverse, int32_t* sums) {
+SIMD_INLINE int32_t quantize_group(int8_t* q, const F8 (&group)[4], float inverse) {
   __m256i words[4];
   for (int i = 0; i < 4; ++i) words[i] = _mm256_cvtps_epi32(mul(group[i], splat(inverse)));
   // The packs work within 128-bit halves; the permutation puts the order right.
@@ -75,7 +75,6 @@ SIMD_INLINE void quantize_group(int8_t* q, const F8 (&group)[4], float inverse, 
                                          _mm256_add_epi32(words[2], words[3]));
   __m128i four =
       _mm_add_epi32(_mm256_castsi256_si128(total), _mm256_extracti128_si256(total, 1));
-  four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1));  // lanes 0 and 1, lanes 2 and 3
-  sums[0] = _mm_cvtsi128_si32(four);
-  sums[1] = _mm_extract_epi32(four, 2);
+  four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
 }

@@ -72,7 +72,7 @@ SIMD_INLINE F8 swap_ones(F8 x) { return {vrev64q_f32(x.lo), vrev64q_f32(x.hi)}; 
 SIMD_INLINE F8 swap_pairs(F8 x) { return {vextq_f32(x.lo, x.lo, 2), vextq_f32(x.hi, x.hi, 2)}; }
 SIMD_INLINE F8 swap_halves(F8 x) { return {x.hi, x.lo}; }
 
-SIMD_INLINE void quantize_group(int8_t* q, const F8 (&group)[4], float inverse, int32_t* sums) {
+SIMD_INLINE int32_t quantize_group(int8_t* q, const F8 (&group)[4], float inverse) {
   int32x4_t total = vdupq_n_s32(0);
   for (int i = 0; i < 32; i += 16) {
     const F8 &first = group[i / 8], &second = group[i / 8 + 1];
@@ -86,6 +86,5 @@ SIMD_INLINE void quantize_group(int8_t* q, const F8 (&group)[4], float inverse, 
     const int16x8_t high = vcombine_s16(vmovn_s32(words[2]), vmovn_s32(words[3]));
     vst1q_s8(q + i, vcombine_s8(vmovn_s16(low), vmovn_s16(high)));
   }
-  sums[0] = vgetq_lane_s32(total, 0) + vgetq_lane_s32(total, 1);
-  sums[1] = vgetq_lane_s32(total, 2) + vgetq_lane_s32(total, 3);
+  return vaddvq_s32(total);
 }

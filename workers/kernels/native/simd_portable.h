@@ -85,15 +85,16 @@ SIMD_INLINE F8 swap_pairs(F8 x) {
 }
 SIMD_INLINE F8 swap_halves(F8 x) { return {x.hi, x.lo}; }
 
-// q = group * inverse rounded half to even. sums[0]: of the q[i] with i % 4 < 2; sums[1]: of the
-// others. What is not a number becomes anything.
-SIMD_INLINE void quantize_group(int8_t* q, const F8 (&group)[4], float inverse, int32_t* sums) {
+// q = group * inverse rounded half to even; returns their sum. What is not a number becomes anything.
+SIMD_INLINE int32_t quantize_group(int8_t* q, const F8 (&group)[4], float inverse) {
+  int32_t sum = 0;
   for (int i = 0; i < 32; i += 8) {
     float rounded[8];
     store(rounded, round(mul(group[i / 8], splat(inverse))));
     for (int l = 0; l < 8; ++l) {
       q[i + l] = std::fabs(rounded[l]) <= 127.0f ? static_cast<int8_t>(rounded[l]) : int8_t{0};
-      sums[l % 4 / 2] += q[i + l];
+      sum += q[i + l];
     }
   }
+  return sum;
 }
