@@ -154,6 +154,14 @@ def test_families_of_this_cpu_agree_bit_for_bit(dtype: str, num_rows: int) -> No
     check_agreement(dtype, num_rows, present)
 
 
+def test_families_of_this_cpu_agree_where_the_last_block_of_rows_is_small() -> None:
+    """1,025 rows are eight blocks of 128 and one row, which is quantised for what few rows read."""
+    tensor, x = random_tensor("nested4", 40, 192), random_inputs(1025, 192)
+    expected = native.matmul(tensor, x, isa="avx2")
+    for isa in {*EMULATED} & {*native_library.available_isas()}:
+        assert np.array_equal(native.matmul(tensor, x, isa=isa), expected)
+
+
 def check_agreement(dtype: str, num_rows: int, isas: Sequence[str]) -> None:
     for shape in [(40, 96), (7, 160), (21, 128), (40, 192)]:
         if not is_whole(dtype, shape[1]):

@@ -222,6 +222,7 @@ EMULATED __m512i dpwssd_epi32(__m512i sums, __m512i a, __m512i b) {
 #define _mm512_storeu_si512 emulated::storeu_si512
 #define _mm512_loadu_ps emulated::loadu_ps
 #define _mm512_storeu_ps emulated::storeu_ps
+#define _mm512_stream_ps emulated::storeu_ps
 #define _mm512_maskz_loadu_ps emulated::maskz_loadu_ps
 #define _mm512_mask_storeu_ps emulated::mask_storeu_ps
 #define _mm512_add_ps emulated::add_ps

@@ -8,6 +8,7 @@
 #include "failure.h"
 #include "guarded.h"
 #include "mapped_memory.h"
+#include "matmul_cut.h"
 
 using namespace furiosa;
 
@@ -61,10 +62,10 @@ int32_t fs_matmul(const char* isa, const FsTensor* weights, const float* x, int3
       kernels.quantize(input.values + int64_t{row} * w.cols, input, w, row, 0, w.cols);
     }
     const MappedMemory scratch(matmul_scratch_nbytes(w.cols));
-    for (int row = 0; row < num_rows; row += kMaxMatmulRows) {
-      kernels.matmul[w.dtype](w, 0, w.num_panels, input, row,
-                              std::min(row + kMaxMatmulRows, num_rows), {y, w.rows, nullptr, false},
-                              scratch.data());
+    const int block_rows = rows_per_block(num_rows);
+    for (int row = 0; row < num_rows; row += block_rows) {
+      kernels.matmul[w.dtype](w, 0, w.num_panels, input, row, std::min(row + block_rows, num_rows),
+                              {y, w.rows, nullptr, false}, scratch.data());
     }
   });
 }

@@ -9,16 +9,32 @@
 #include "batch.h"
 #include "failure.h"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace furiosa {
 
 namespace {
 
 // LM head and sampling run on this many rows at a time, which bounds the memory for logits.
 constexpr int kLogitsRows = 64;
+
+// Floats from one row of logits to the next.
+constexpr int64_t logits_stride(int64_t vocab_size) { return (vocab_size + 15) / 16 * 16; }
+// Logits of so many bytes or more are stored past the caches.
+constexpr int64_t kStreamedNbytes = 2 << 20;
 // Columns of gate and up that are multiplied, combined and quantised in one go.
 constexpr int kStretch = 128;
 // Up to so many rows, their norms take less time than a job of their own would cost.
 constexpr int kFewRows = 4;
+
+// What was stored past the caches is not ordered by the count of finished items alone.
+void order_streamed_stores() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
@@ -64,7 +80,7 @@ Engine::Buffers Engine::Buffers::from(Arena& arena, const FsEngineConfig& config
   buffers.slots = arena.take<int64_t>(tokens);
   buffers.cos = arena.take<float>(tokens * config.head_dim / 2);
   buffers.sin = arena.take<float>(tokens * config.head_dim / 2);
-  buffers.logits = arena.take<float>(int64_t{kLogitsRows} * config.vocab_size);
+  buffers.logits = arena.take<float>(kLogitsRows * logits_stride(config.vocab_size));
   buffers.partials = arena.take<float>(kMaxSharedStates * (config.head_dim + 2));
   return buffers;
 }
@@ -113,9 +129,14 @@ void Engine::step(const FsBatch& batch, const FsResult* result, float* logits) {
   for (int first = 0; first < batch.num_samples; first += kLogitsRows) {
     const int count = std::min(kLogitsRows, batch.num_samples - first);
     norm_inputs(first, count, weights_.final_norm, weights_.lm_head);
-    float* out = logits == nullptr ? buffers_.logits
-                                   : logits + int64_t{first} * config_.vocab_size;
-    matmul(weights_.lm_head, buffers_.input, count, {out, config_.vocab_size, nullptr, false});
+    Output out{logits, config_.vocab_size, nullptr, false};
+    if (logits == nullptr) {
+      out.values = buffers_.logits, out.stride = logits_stride(config_.vocab_size);
+      out.is_streamed = count * out.stride * int64_t{sizeof(float)} >= kStreamedNbytes;
+    } else {
+      out.values += first * out.stride;
+    }
+    matmul(weights_.lm_head, buffers_.input, count, out);
     if (result != nullptr) sample(batch, first, count, *result);
   }
 }
@@ -303,6 +324,7 @@ void Engine::run_matmul(const Matrix& w, const Activations& x, int num_rows, con
     const MatmulCut::Part part = cut.part(item);
     kernel(w, part.panel_begin, part.panel_end, x, part.row_begin, part.row_end, out,
            scratch_[static_cast<size_t>(pe)].matmul);
+    if (out.is_streamed) order_streamed_stores();
   };
   pool_.run(cut.num_items, body, finish);
 }
@@ -327,7 +349,7 @@ void Engine::matmul_and_norm(const Matrix& w, const Activations& x, int num_rows
 void Engine::sample(const FsBatch& batch, int first, int count, const FsResult& result) {
   pool_.run(count, [&](int i, int pe) {
     sample_errors_[static_cast<size_t>(i)] = sample_row(
-        kernels_, batch, first + i, buffers_.logits + int64_t{i} * config_.vocab_size,
+        kernels_, batch, first + i, buffers_.logits + i * logits_stride(config_.vocab_size),
         config_.vocab_size, scratch_[static_cast<size_t>(pe)].sampler, result);
   });
   for (int i = 0; i < count; ++i) {

@@ -40,6 +40,9 @@ struct Output {
   int64_t stride;           // floats from one row to the next
   const float* bias;        // (W.rows,) added to the product, or null
   bool accumulate;          // add to `values` (a residual) instead of overwriting them
+  // More than caches hold, to be read when all is there: whole lines may be stored past the caches,
+  // which saves reading them first. `values` is 64-byte aligned, the stride a multiple of 16.
+  bool is_streamed = false;
 };
 
 // `num_rows` as Activations::halves has them.

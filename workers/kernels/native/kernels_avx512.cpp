@@ -19,6 +19,7 @@
 
 #include "fetch_ahead.h"
 #include "kernel_table.h"
+#include "matmul_cut.h"
 #include "panel_fetch.h"
 #include "target.h"
 

@@ -404,7 +404,7 @@ void quantize_pairs_for_tiles(const float* values, const Activations& x, const M
     const int64_t place = place_of_scale(row, col / kInputs, x.cols / kInputs);
     _mm512_storeu_si512(x.tile_quants + place * kInputs, pair.bytes());
     x.tile_scales[place] = pair.scale;
-    if (!IsForTilesOnly) put_pair(pair, x, row, col);
+    if (!IsForTilesOnly) put_pair(pair, x, weights.dtype == kNested4, row, col);
   }
 }
 #endif

@@ -14,9 +14,14 @@
 SIMD_INLINE void store_outputs(__m512 acc, const Matrix& w, int panel, int row,
                                const Output& out) {
   const int first = panel * kPanelRows;
-  const int count = w.rows - first < kPanelRows ? w.rows - first : kPanelRows;
-  const __mmask16 present = static_cast<__mmask16>((1u << count) - 1);
   float* y = out.values + row * out.stride + first;
+  if (first + kPanelRows <= w.rows) {
+    if (out.bias != nullptr) acc = _mm512_add_ps(acc, _mm512_loadu_ps(out.bias + first));
+    if (out.accumulate) acc = _mm512_add_ps(_mm512_loadu_ps(y), acc);
+    out.is_streamed ? _mm512_stream_ps(y, acc) : _mm512_storeu_ps(y, acc);
+    return;
+  }
+  const __mmask16 present = static_cast<__mmask16>((1u << (w.rows - first)) - 1);
   if (out.bias != nullptr) acc = _mm512_add_ps(acc, _mm512_maskz_loadu_ps(present, out.bias + first));
   if (out.accumulate) acc = _mm512_add_ps(_mm512_maskz_loadu_ps(present, y), acc);
   _mm512_mask_storeu_ps(y, present, acc);

@@ -22,6 +22,12 @@ inline int rows_per_block(int num_rows) {
   return (even + 15) / 16 * 16;
 }
 
+// How many rows are multiplied together with this one.
+inline int rows_in_block_of(int row, int num_rows) {
+  const int block = rows_per_block(num_rows);
+  return std::min(block, num_rows - row / block * block);
+}
+
 struct MatmulCut {
   struct Part {
     int panel_begin, panel_end, row_begin, row_end;

@@ -82,15 +82,25 @@ SIMD_INLINE Pair16 quantized_pair(const float* values, const Matrix& weights) {
   return pair;
 }
 
-// As quantize_groups<2>, but for what the families that quantise so do not read: scaled sums, for none
-// of these weights has mins, and word offsets, which are the AVX2 family's.
-SIMD_INLINE void put_pair(const Pair16& pair, const Activations& x, int row, int col) {
+// Whether the row is one of few, whose nibbles are multiplied as they are (matmul_nested4_avx512.h).
+SIMD_INLINE bool needs_sums_of_groups(const Activations& x, const Matrix& weights, int row) {
+  return weights.dtype == kNested4 && rows_in_block_of(row, x.num_rows) < kManyNestedRows;
+}
+
+// As quantize_groups<2>, but for what the products of these weights do not read: PEs that fill columns of
+// the same rows write lines that each other holds.
+SIMD_INLINE void put_pair(const Pair16& pair, const Activations& x, bool needs_sums, int row, int col) {
   constexpr int kInputs = 2 * kGroupSize;
   const int64_t index = int64_t{row} * (x.cols / kInputs) + col / kInputs;
-  const int totals[2] = {_mm512_reduce_add_epi32(_mm512_add_epi32(pair.words[0], pair.words[1])),
-                         _mm512_reduce_add_epi32(_mm512_add_epi32(pair.words[2], pair.words[3]))};
   _mm512_storeu_si512(x.quants + int64_t{row} * x.cols + col, pair.bytes());
   x.scales[index] = pair.scale;
+  const __m512i low = _mm512_add_epi32(pair.words[0], pair.words[1]);
+  const __m512i high = _mm512_add_epi32(pair.words[2], pair.words[3]);
+  if (!needs_sums) {
+    x.offsets[index] = -128 * _mm512_reduce_add_epi32(_mm512_add_epi32(low, high));
+    return;
+  }
+  const int totals[2] = {_mm512_reduce_add_epi32(low), _mm512_reduce_add_epi32(high)};
   x.offsets[index] = -128 * (totals[0] + totals[1]);
   x.word_sums[index] = two_words(totals[0], totals[1]);
   for (int i = 0; i < 2; ++i) x.group_offsets[2 * index + i] = -8 * totals[i];
@@ -99,8 +109,9 @@ SIMD_INLINE void put_pair(const Pair16& pair, const Activations& x, int row, int
 void quantize_pairs16(const float* values, const Activations& x, const Matrix& weights, int row,
                       int col_begin, int col_end) {
   constexpr int kInputs = 2 * kGroupSize;
+  const bool needs_sums = needs_sums_of_groups(x, weights, row);
   for (int col = col_begin; col < col_end; col += kInputs, values += kInputs) {
-    put_pair(quantized_pair(values, weights), x, row, col);
+    put_pair(quantized_pair(values, weights), x, needs_sums, row, col);
   }
 }
 
