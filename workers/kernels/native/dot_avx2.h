@@ -22,24 +22,24 @@
 
 // Defines NAME<Rows>(dot, weights, x, stride): GROUP(Rows) adds to `dot`, or sets it, as SUM ("+x" or
 // "=&x") says. CONSTANT and SIGN are registers that are only read.
-#define DEFINE_DOT_CASE(ROWS, SUM, GROUP, CONSTANT, SIGN)                                                \
-  if constexpr (Rows == ROWS) {                                                                    \
-    asm volatile(GROUP(DOT_ROWS_##ROWS)                                                            \
-                 : DOT_SUMS_##ROWS(SUM), [in] "=&x"(in), [t] "=&x"(t), [low] "=&x"(low),           \
-                   [high] "=&x"(high)                                                              \
-                 : [w] "r"(weights), [x] "r"(x), [stride] "r"(stride), [stride3] "r"(3 * stride),  \
-                   [constant] "x"(CONSTANT), [sign] "x"(SIGN)                                      \
-                 : "memory");                                                                      \
+#define DEFINE_DOT_CASE(ROWS, SUM, GROUP, CONSTANT, SIGN)                                         \
+  if constexpr (Rows == ROWS) {                                                                   \
+    asm volatile(GROUP(DOT_ROWS_##ROWS)                                                           \
+                 : DOT_SUMS_##ROWS(SUM), [in] "=&x"(in), [t] "=&x"(t), [low] "=&x"(low),          \
+                   [high] "=&x"(high)                                                             \
+                 : [w] "r"(weights), [x] "r"(x), [stride] "r"(stride), [stride3] "r"(3 * stride), \
+                   [constant] "x"(CONSTANT), [sign] "x"(SIGN)                                     \
+                 : "memory");                                                                     \
   }
-#define DEFINE_DOT(NAME, SUM, GROUP, CONSTANT, SIGN)                                                     \
-  template <int Rows>                                                                              \
-  SIMD_INLINE void NAME(__m256i (&dot)[Rows][2], const uint8_t* weights, const int8_t* x,          \
-                        int64_t stride) {                                                          \
-    __m256i in, t, low, high;                                                                      \
-    DEFINE_DOT_CASE(1, SUM, GROUP, CONSTANT, SIGN)                                                       \
-    DEFINE_DOT_CASE(2, SUM, GROUP, CONSTANT, SIGN)                                                       \
-    DEFINE_DOT_CASE(3, SUM, GROUP, CONSTANT, SIGN)                                                       \
-    DEFINE_DOT_CASE(4, SUM, GROUP, CONSTANT, SIGN)                                                       \
+#define DEFINE_DOT(NAME, SUM, GROUP, CONSTANT, SIGN)                                      \
+  template <int Rows>                                                                     \
+  SIMD_INLINE void NAME(__m256i (&dot)[Rows][2], const uint8_t* weights, const int8_t* x, \
+                        int64_t stride) {                                                 \
+    __m256i in, t, low, high;                                                             \
+    DEFINE_DOT_CASE(1, SUM, GROUP, CONSTANT, SIGN)                                        \
+    DEFINE_DOT_CASE(2, SUM, GROUP, CONSTANT, SIGN)                                        \
+    DEFINE_DOT_CASE(3, SUM, GROUP, CONSTANT, SIGN)                                        \
+    DEFINE_DOT_CASE(4, SUM, GROUP, CONSTANT, SIGN)                                        \
   }
 
 #define DOT_INPUT(OFFSET, X) "vpbroadcastd " OFFSET X ", %[in]\n\t"
@@ -101,20 +101,20 @@
   "vpaddw %[t], %[low" D "], %[low" D "]\n\t" \
   "vpaddw %[in], %[high" D "], %[high" D "]\n\t"
 #define DOT_NIBBLE_ROW(Q, X, D) DOT_INPUT(#Q "*4", X) DOT_NIBBLE_PRODUCTS(D)
-#define DOT_NIBBLE_QUAD(ROWS, Q, ROW)    \
-  "vmovdqa " #Q "*64(%[w]), %[low]\n\t"  \
+#define DOT_NIBBLE_QUAD(ROWS, Q, ROW)   \
+  "vmovdqa " #Q "*64(%[w]), %[low]\n\t" \
   "vmovdqa " #Q "*64+32(%[w]), %[high]\n\t" ROWS(ROW, Q)
 
 // Nibbles as they are packed: quad Q in the low halves of its bytes, quad Q + 4 in the high ones.
 #define DOT_HIGH_NIBBLE_ROW(Q, X, D) DOT_INPUT(#Q "*4+16", X) DOT_NIBBLE_PRODUCTS(D)
-#define DOT_INT4_QUADS(ROWS, Q, ROW)                          \
-  "vpand " #Q "*64(%[w]), %[constant], %[low]\n\t"            \
+#define DOT_INT4_QUADS(ROWS, Q, ROW)                                \
+  "vpand " #Q "*64(%[w]), %[constant], %[low]\n\t"                  \
   "vpand " #Q "*64+32(%[w]), %[constant], %[high]\n\t" ROWS(ROW, Q) \
-  "vmovdqa " #Q "*64(%[w]), %[low]\n\t"                       \
-  "vmovdqa " #Q "*64+32(%[w]), %[high]\n\t"                   \
-  "vpsrlw $4, %[low], %[low]\n\t"                             \
-  "vpsrlw $4, %[high], %[high]\n\t"                           \
-  "vpand %[constant], %[low], %[low]\n\t"                     \
+  "vmovdqa " #Q "*64(%[w]), %[low]\n\t"                             \
+  "vmovdqa " #Q "*64+32(%[w]), %[high]\n\t"                         \
+  "vpsrlw $4, %[low], %[low]\n\t"                                   \
+  "vpsrlw $4, %[high], %[high]\n\t"                                 \
+  "vpand %[constant], %[low], %[low]\n\t"                           \
   "vpand %[constant], %[high], %[high]\n\t" ROWS(DOT_HIGH_NIBBLE_ROW, Q)
 
 #define DOT_ALL_QUADS(QUAD, ROWS)                                               \

@@ -14,7 +14,8 @@ namespace furiosa {
 
 // The left operand of a matmul. fp32 weights read `values`; bf16 ones `values`, rounded, or `halves`,
 // whichever the family's products take, and the other is not to be read then; quantised ones the other
-// fields. The AMX family has `halves` in its own order, in whole blocks of 16 rows.
+// fields, of which a family fills those that its products of so many rows read. The AMX family has
+// `halves` in its own order, in whole blocks of 16 rows.
 struct Activations {
   int num_rows;        // of the step
   int cols;

@@ -170,8 +170,8 @@ struct Nibbles {
 // sums of `Rows` rows (16 floats each).
 template <int Rows, class Weights>
 SIMD_INLINE void add_groups(float* sums, const Weights& weights, int count, int first_group,
-                            const Activations& all, int row, PanelFetch& fetch) {
-  const Activations x = all;  // a copy stays in registers over the stores
+                            const Activations& inputs, int row, PanelFetch& fetch) {
+  const Activations x = inputs;  // a copy stays in registers over the stores
   const int64_t num_groups = x.cols / Weights::kInputs;
   const int64_t first = row * num_groups + first_group;
   for (int g = 0; g < count; ++g) {
