@@ -20,8 +20,7 @@ NATIVE = Path("workers/kernels/native")
 # not become one FMA in one tile size and stay two operations in another.
 COMPILE_ARGS = [
     "-std=c++17",
-    # These come after the environment's CFLAGS, which may ask for another level.
-    *([] if "-O" in os.environ.get("CFLAGS", "") else ["-O3"]),
+    "-O3",
     "-fvisibility=hidden",
     "-fno-math-errno",
     "-ffp-contract=off",

@@ -190,10 +190,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}, once")
     parser.add_argument("--repeats", type=int, default=3, help="default: 3")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument(
+    peer = parser.add_mutually_exclusive_group()
+    peer.add_argument(
         "--isa", choices=[isa for isa in ISA_ARGS if isa], help="what both sides may use of the CPU"
     )
-    parser.add_argument("--llama-bin", type=Path, help="a directory of llama.cpp's tools")
+    peer.add_argument("--llama-bin", type=Path, help="a directory of llama.cpp's tools")
     parser.add_argument("--cache-dir", type=Path, default=CACHE_DIR)
     parser.add_argument("--log", type=Path, help="default: in the cache directory, by day")
     parser.add_argument("--limit-s", type=float, default=float("inf"), help="stop before that")

@@ -346,6 +346,18 @@ def test_execute_samples_what_logits_say(
     assert_same(executor.execute(batch), sampler.sample(executor.logits(batch), batch))
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_logits_that_caches_do_not_hold(
+    artifact_of: Callable[..., Artifact], make_executor: MakeExecutor, weights: str, isa: str
+) -> None:
+    """Megabytes of them, of a vocabulary of no whole panels, go past the caches before sampling."""
+    artifact = artifact_of("llama", weights, vocab_size=33_001)
+    executor = make_executor(artifact, isa=isa, num_blocks=80, cpus=((), ()))
+    batch = step_batch([Row(0, [i], [i], Sampling(num_logprobs=2)) for i in range(80)])
+    assert_same(executor.execute(batch), sampler.sample(executor.logits(batch), batch))
+
+
 def test_more_sampling_rows_than_one_round_of_logits(
     artifact_of: Callable[..., Artifact], make_executor: MakeExecutor
 ) -> None:
