@@ -211,7 +211,7 @@ void check_attention(FsDtype kv_dtype, int window) {
     task.keys = stored[0].data(), task.values = stored[1].data();
     task.key_scales = scales[0].data(), task.value_scales = scales[1].data();
     task.kv_dtype = kv_dtype, task.block_ids = block_ids.data(), task.block_size = kBlock;
-    task.block_stride = kBlock * kDim, task.scale_stride = kBlock;
+    task.places = BlockPlaces(kBlock * kDim, 1), task.scale_places = BlockPlaces(kBlock, 1);
     const uintptr_t place = (reinterpret_cast<uintptr_t>(scratch.data()) + 63) / 64 * 64;
     task.scratch = reinterpret_cast<float*>(place);
     (family == 0 ? kNeonKernels : kPortableKernels).attention(task);

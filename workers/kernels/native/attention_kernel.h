@@ -235,7 +235,7 @@ SIMD_INLINE void find_piece(const AttentionTask& task, int base, int begin, int 
   const int32_t* block_id = task.block_ids + (base + begin) / block_size;
   for (int key = begin; key < end; offset = 0, ++block_id) {
     const int count = block_size - offset < end - key ? block_size - offset : end - key;
-    const int64_t first = *block_id * task.block_stride + int64_t{offset} * head_dim;
+    const int64_t first = task.places.of_block(*block_id) + int64_t{offset} * head_dim;
     const Kv* k = static_cast<const Kv*>(task.keys) + first;
     const Kv* v = static_cast<const Kv*>(task.values) + first;
     for (int i = 0; i < count; ++i) {
@@ -243,7 +243,7 @@ SIMD_INLINE void find_piece(const AttentionTask& task, int base, int begin, int 
       piece->rows[1][key + i] = v + i * head_dim;
     }
     if (sizeof(Kv) == 1) {
-      const int64_t scale = *block_id * task.scale_stride + offset;
+      const int64_t scale = task.scale_places.of_block(*block_id) + offset;
       const size_t nbytes = static_cast<size_t>(count) * sizeof(float);
       std::memcpy(piece->scales[0] + key, task.key_scales + scale, nbytes);
       std::memcpy(piece->scales[1] + key, task.value_scales + scale, nbytes);

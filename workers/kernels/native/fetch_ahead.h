@@ -21,7 +21,8 @@ class FetchAhead {
   FetchAhead(const AttentionTask& task, int begin, int end)
       : block_size_(task.block_size),
         head_nbytes_(task.head_dim * kv_nbytes(task.kv_dtype)),
-        block_nbytes_(task.block_stride * kv_nbytes(task.kv_dtype)),
+        places_(task.places),
+        nbytes_(kv_nbytes(task.kv_dtype)),
         stretches_{{task.keys, task.values, task.block_ids, begin, end}, task.next} {
     Context& next = stretches_[1];
     next.end = std::min(next.end, next.begin + kFetchDistance);
@@ -54,8 +55,8 @@ class FetchAhead {
     }
     Context& context = stretches_[current_];
     const int offset = context.begin % block_size_;
-    const int64_t place = context.block_ids[context.begin / block_size_] * block_nbytes_ +
-                          int64_t{offset} * head_nbytes_;
+    const int32_t block_id = context.block_ids[context.begin / block_size_];
+    const int64_t place = places_.of_block(block_id) * nbytes_ + int64_t{offset} * head_nbytes_;
     keys_ = static_cast<const char*>(context.keys) + place;
     values_ = static_cast<const char*>(context.values) + place;
     num_left_ = std::min(block_size_ - offset, context.end - context.begin);
@@ -64,7 +65,8 @@ class FetchAhead {
   }
 
   const int block_size_, head_nbytes_;
-  const int64_t block_nbytes_;
+  const BlockPlaces places_;
+  const int nbytes_;  // of one number
   Context stretches_[2];  // what is left of this task's context, and of what is wanted of the next
   int current_ = 0, num_left_ = 0;  // positions left in the current block
   const char *keys_ = nullptr, *values_ = nullptr;

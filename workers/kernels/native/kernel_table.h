@@ -78,6 +78,26 @@ constexpr int kMaxQueries = 64;
 // did: so a long context can be shared out without changing a bit.
 constexpr int kPartitionSize = 256;
 
+// Where the blocks of a layer's KV cache are, in numbers: (clusters, heads, 16 blocks, a block).
+struct BlockPlaces {
+  static constexpr int64_t kClusterBlocks = 16;
+  int64_t block_stride = 0, cluster_stride = 0;
+
+  BlockPlaces() = default;
+  // `block`: numbers in a block of one head.
+  BlockPlaces(int64_t block, int num_heads)
+      : block_stride(block), cluster_stride(kClusterBlocks * block * num_heads) {}
+
+  int64_t of_head(int head) const { return head * kClusterBlocks * block_stride; }
+  // From the head's block 0 on.
+  int64_t of_block(int64_t id) const {
+    return id / kClusterBlocks * cluster_stride + id % kClusterBlocks * block_stride;
+  }
+  int64_t total(int64_t num_blocks) const {
+    return (num_blocks + kClusterBlocks - 1) / kClusterBlocks * cluster_stride;
+  }
+};
+
 // Positions [begin, end) of a sequence, in the blocks that `block_ids` names; keys and values as in
 // AttentionTask.
 struct Context {
@@ -101,8 +121,7 @@ struct AttentionTask {
   FsDtype kv_dtype;          // fp32, bf16 or int8
   const int32_t* block_ids;
   int block_size;
-  int64_t block_stride;      // elements from one block to the next
-  int64_t scale_stride;      // scales from one block to the next
+  BlockPlaces places, scale_places;
   // Only the partitions [partition_begin, partition_end) are attended to, and the state of each
   // goes to `partials` (partition, query, head_dim + 2), for merge_attention; or, where that is
   // null, all of the context is and the result goes to `out`.

@@ -1,6 +1,9 @@
-// The paged KV cache: per layer (blocks, kv_heads, block_size, head_dim), keys and values apart.
-// int8 has a float32 scale per head and position besides: per layer (blocks, kv_heads, block_size).
+// The paged KV cache, keys and values apart: per layer (clusters, kv_heads, 16 blocks, block_size,
+// head_dim). int8 has a float32 scale per head and position besides: (clusters, kv_heads, 16 blocks,
+// block_size).
 //
+// What attention reads is of one head. A cluster has a head's blocks of neighbouring ids, as a sequence
+// mostly has them, in one stretch, which the processor's own prefetcher follows.
 // Blocks take memory when they are first written; the address space of all is reserved at once.
 #pragma once
 
@@ -18,22 +21,21 @@ class KvCache {
   explicit KvCache(const FsEngineConfig& config)
       : dtype(static_cast<FsDtype>(config.kv_dtype)),
         block_size(config.block_size),
-        head_stride(int64_t{config.block_size} * config.head_dim),
-        block_stride(head_stride * config.num_kv_heads),
-        scale_stride(int64_t{config.block_size} * config.num_kv_heads),
+        places_(int64_t{config.block_size} * config.head_dim, config.num_kv_heads),
+        scale_places_(config.block_size, config.num_kv_heads),
         head_dim_(config.head_dim),
         value_nbytes_(kv_nbytes(dtype)),
-        layer_nbytes_(block_stride * config.num_blocks * value_nbytes_),
-        layer_scales_(dtype == kInt8 ? scale_stride * config.num_blocks : 0),
+        layer_nbytes_(places_.total(config.num_blocks) * value_nbytes_),
+        layer_scales_(dtype == kInt8 ? scale_places_.total(config.num_blocks) : 0),
         keys_(layer_nbytes_ * config.num_layers),
         values_(layer_nbytes_ * config.num_layers),
         key_scales_(layer_scales_ * config.num_layers * 4),
         value_scales_(layer_scales_ * config.num_layers * 4) {}
 
-  // Where block 0 of this layer's head begins; later blocks are `block_stride` elements apart.
+  // Where block 0 of this layer's head begins.
   uint8_t* keys(int layer, int kv_head) const { return keys_.data() + offset(layer, kv_head); }
   uint8_t* values(int layer, int kv_head) const { return values_.data() + offset(layer, kv_head); }
-  // The same of an int8 cache's scales; later blocks are `scale_stride` floats apart.
+  // The same of an int8 cache's scales.
   float* key_scales(int layer, int kv_head) const { return scales(key_scales_, layer, kv_head); }
   float* value_scales(int layer, int kv_head) const {
     return scales(value_scales_, layer, kv_head);
@@ -49,8 +51,8 @@ class KvCache {
     task.value_scales = value_scales(layer, kv_head);
     task.kv_dtype = dtype;
     task.block_size = block_size;
-    task.block_stride = block_stride;
-    task.scale_stride = scale_stride;
+    task.places = places_;
+    task.scale_places = scale_places_;
     task.next = {nullptr, nullptr, nullptr, 0, 0};
     task.is_fetched = false;
     return task;
@@ -67,28 +69,26 @@ class KvCache {
 
   const FsDtype dtype;
   const int block_size;
-  const int64_t head_stride, block_stride;  // in elements
-  const int64_t scale_stride;
 
  private:
   int64_t offset(int layer, int kv_head) const {
-    return layer * layer_nbytes_ + kv_head * head_stride * value_nbytes_;
+    return layer * layer_nbytes_ + places_.of_head(kv_head) * value_nbytes_;
   }
   float* scales(const MappedMemory& memory, int layer, int kv_head) const {
     return reinterpret_cast<float*>(memory.data()) + layer * layer_scales_ +
-           int64_t{kv_head} * block_size;
+           scale_places_.of_head(kv_head);
   }
 
   void put(uint8_t* base, float* scales, int64_t slot, const float* head,
            const KernelTable& kernels) const {
     const int64_t block = slot / block_size, offset = slot % block_size;
-    uint8_t* place = base + (block * block_stride + offset * head_dim_) * value_nbytes_;
+    uint8_t* place = base + (places_.of_block(block) + offset * head_dim_) * value_nbytes_;
     switch (dtype) {
       case kBf16:
         kernels.bf16_from_float(reinterpret_cast<uint16_t*>(place), head, head_dim_);
         break;
       case kInt8:
-        scales[block * scale_stride + offset] =
+        scales[scale_places_.of_block(block) + offset] =
             kernels.quantize_head(reinterpret_cast<int8_t*>(place), head, head_dim_);
         break;
       default:
@@ -97,6 +97,7 @@ class KvCache {
     }
   }
 
+  const BlockPlaces places_, scale_places_;
   const int head_dim_;
   const int64_t value_nbytes_, layer_nbytes_, layer_scales_;
   const MappedMemory keys_, values_, key_scales_, value_scales_;
