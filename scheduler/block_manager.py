@@ -1,10 +1,9 @@
 """Who holds which block of the KV pool.
 
 A block is free, or listed in the tables of `ref_count` sequences. Only indices move here; the KV
-itself belongs to the executor. Free blocks are taken last-freed first: what was in the caches a
-moment ago is written next.
+itself belongs to the executor.
 
-Invariants: the free list and the blocks with a positive ref-count partition the pool, and a
+Invariants: the free blocks and the blocks with a positive ref-count partition the pool, and a
 block's ref-count is the number of tables that list it.
 """
 
@@ -13,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from furiosa_llm.scheduler.block_hash import ROOT_HASH, block_hash
+from furiosa_llm.scheduler.free_blocks import FreeBlocks
 
 
 def num_blocks_for(num_tokens: int, block_size: int) -> int:
@@ -28,7 +28,7 @@ class BlockManager:
         assert block_size > 0
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._free = list(range(num_blocks - 1, -1, -1))  # a stack
+        self._free = FreeBlocks(num_blocks)
         self._ref_counts = [0] * num_blocks
         self._hashes: list[bytes | None] = [None] * num_blocks
         self._tables: dict[int, list[int]] = {}
@@ -44,7 +44,8 @@ class BlockManager:
         num_needed = num_blocks_for(num_tokens, self.block_size)
         if num_needed > len(self._free):
             return False
-        self._tables[sequence_id] = [self._take() for _ in range(num_needed)]
+        self._tables[sequence_id] = []
+        self._extend(self._tables[sequence_id], num_needed)
         return True
 
     def append(self, sequence_id: int, num_tokens: int) -> bool:
@@ -55,7 +56,7 @@ class BlockManager:
         num_missing = num_blocks_for(num_tokens, self.block_size) - len(table)
         if num_missing > len(self._free):
             return False
-        table.extend([self._take() for _ in range(num_missing)])
+        self._extend(table, num_missing)
         self._frozen_tables.pop(sequence_id, None)
         return True
 
@@ -83,8 +84,8 @@ class BlockManager:
         source = table[block_index]
         if self._ref_counts[source] == 1:
             return None
-        assert self._free, "no block is free for the copy"
-        table[block_index] = destination = self._take()
+        destination = self._take(table[block_index - 1] if block_index > 0 else None)
+        table[block_index] = destination
         self._frozen_tables.pop(sequence_id, None)
         self._release(source)
         return source, destination
@@ -118,8 +119,12 @@ class BlockManager:
             parent = known
         return hashes
 
-    def _take(self) -> int:
-        block_id = self._free.pop()
+    def _extend(self, table: list[int], num_blocks: int) -> None:
+        for _ in range(num_blocks):
+            table.append(self._take(table[-1] if table else None))
+
+    def _take(self, previous: int | None) -> int:
+        block_id = self._free.take(previous)
         self._ref_counts[block_id] = 1
         return block_id
 
@@ -128,4 +133,4 @@ class BlockManager:
         self._ref_counts[block_id] -= 1
         if self._ref_counts[block_id] == 0:
             self._hashes[block_id] = None
-            self._free.append(block_id)
+            self._free.add(block_id)

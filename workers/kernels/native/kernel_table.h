@@ -80,7 +80,7 @@ constexpr int kPartitionSize = 256;
 
 // Where the blocks of a layer's KV cache are, in numbers: (clusters, heads, 16 blocks, a block).
 struct BlockPlaces {
-  static constexpr int64_t kClusterBlocks = 16;
+  static constexpr int64_t kClusterBlocks = 16;  // as in scheduler/free_blocks.py
   int64_t block_stride = 0, cluster_stride = 0;
 
   BlockPlaces() = default;
