@@ -1,9 +1,9 @@
 """The free blocks of a KV pool, and which of them a sequence gets next.
 
-A worker's kernel keeps blocks of neighbouring ids side by side, a cluster at a time, and reads a long
-stretch faster than the same bytes here and there (docs/decisions/004). So a sequence begins in a
-cluster that nobody uses and goes on with the next id in it. Nothing is reserved: where no cluster is
-unused, any free block does, the last freed first.
+A worker's kernel keeps blocks of neighbouring ids side by side, a cluster at a time, and reads a
+long stretch faster than the same bytes here and there (docs/decisions/004). So a sequence begins in
+a cluster that nobody uses and goes on with the next id in it. Nothing is reserved: where no cluster
+is unused, any free block does, the last freed first.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Free blocks: a sequence's ids follow each other as long as a cluster is unused, and none is lost."""
+"""Free blocks: a sequence's ids are neighbours as long as a cluster is unused; none is lost."""
 
 import pytest
 from hypothesis import given
