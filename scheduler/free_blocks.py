@@ -28,13 +28,15 @@ class FreeBlocks:
     def take(self, previous: int | None = None) -> int:
         """A free block for the place after `previous` in a table; None: for its first place."""
         assert self._free, "no block is free"
+        # popitem, not del, at an end: what is deleted there would be gone through each time.
         if previous is not None and self._is_next(previous + 1):
             block_id = previous + 1
+            del self._free[block_id]
         elif self._unused:
-            block_id = next(reversed(self._unused)) * CLUSTER_BLOCKS
+            block_id = self._unused.popitem()[0] * CLUSTER_BLOCKS
+            del self._free[block_id]
         else:
-            block_id = next(reversed(self._free))
-        del self._free[block_id]
+            block_id = self._free.popitem()[0]
         cluster = block_id // CLUSTER_BLOCKS
         self._unused.pop(cluster, None)
         self._num_taken[cluster] += 1
