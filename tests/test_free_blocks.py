@@ -21,15 +21,14 @@ def test_sequences_that_grow_in_turn_have_neighbouring_ids_each():
         assert blocks.table(sequence_id) == tuple(range(first, first + CLUSTER_BLOCKS))
 
 
-def test_a_cluster_that_others_use_is_begun_last():
+def test_an_unused_cluster_comes_before_what_was_freed_last():
     free = FreeBlocks(2 * CLUSTER_BLOCKS)
-    first = free.take()
-    second = free.take()
-    assert {first, second} == {0, CLUSTER_BLOCKS}
-    third = free.take()
-    assert third not in (first, second)
-    free.add(second)
-    assert free.take() == CLUSTER_BLOCKS, "the cluster was unused again"
+    assert {free.take(), free.take()} == {0, CLUSTER_BLOCKS}
+    assert free.take(0) == 1
+    free.add(CLUSTER_BLOCKS)
+    free.add(1)
+    assert free.take() == CLUSTER_BLOCKS
+    assert free.take() == 1, "no cluster is unused any more"
 
 
 def test_the_next_id_of_a_full_cluster_is_not_preferred():
