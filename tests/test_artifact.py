@@ -154,7 +154,7 @@ def test_a_damaged_table_is_refused_with_the_reason(copy, case):
         pytest.param(b"[" * 100_000, "nested too deeply", id="deep"),
         pytest.param(b'{"a": 1, "a": 2}', "occurs twice", id="duplicate key"),
         pytest.param(b"[]", "not a dict", id="no object"),
-        pytest.param(b'{"format_version": 4}', "'model' is missing", id="bare"),
+        pytest.param(b'{"format_version": 5}', "'model' is missing", id="bare"),
         pytest.param(b" " * (17 << 20), "larger than", id="huge"),
         pytest.param(b"\xff\xfe\x00", "not valid JSON", id="no text"),
         pytest.param(b"1" * 10_000, "not valid JSON", id="endless number"),

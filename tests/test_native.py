@@ -88,7 +88,7 @@ def test_logits_match_the_reference(
     artifact = artifact_of(architecture, weights)
     options = {"num_blocks": 64, "block_size": 16, "kv_cache_dtype": kv_cache_dtype}
     executor = make_executor(artifact, isa=isa, **options)
-    reference = ReferenceExecutor(artifact, **options)
+    reference = ReferenceExecutor(artifact, limits_pairs=isa == "avx2", **options)
     bounds = logits_bounds(weights, kv_cache_dtype, isa, artifact.config.head_dim)
     check_logits(executor, reference, bounds)
 
@@ -106,7 +106,7 @@ def test_logits_of_wide_heads(
     artifact = artifact_of("llama", "fp32", **heads)
     options = {"num_blocks": 64, "block_size": 16, "kv_cache_dtype": kv_cache_dtype}
     executor = make_executor(artifact, isa=isa, **options)
-    reference = ReferenceExecutor(artifact, **options)
+    reference = ReferenceExecutor(artifact, limits_pairs=isa == "avx2", **options)
     bounds = logits_bounds("fp32", kv_cache_dtype, isa, heads["head_dim"])
     check_logits(executor, reference, bounds)
 
@@ -128,7 +128,7 @@ def test_logits_where_a_width_is_not_whole_groups(
     assert artifact.tensor("layers.0.down").dtype == dtype_of_down
     options = {"num_blocks": 64, "block_size": 16, "kv_cache_dtype": "fp32"}
     executor = make_executor(artifact, isa=isa, **options)
-    reference = ReferenceExecutor(artifact, **options)
+    reference = ReferenceExecutor(artifact, limits_pairs=isa == "avx2", **options)
     bounds = logits_bounds(weights, "fp32", isa, artifact.config.head_dim)
     check_logits(executor, reference, bounds)
 
@@ -161,10 +161,9 @@ def logits_bounds(
     Sums in another order differ in the last bits. Where values are rounded on the way, one at the
     edge of a step may then fall to the other side: rarely to another bf16 in the cache, by 1/256 of
     itself in activations rounded for bf16 weights, by 1/127 of its group's (an int8 cache: its
-    head's) largest in activations quantised for int4, and by 1/64 for int8. With a bf16 cache,
-    families that attend in bf16 round queries and probabilities to it, by 1/512 at most, the
-    reference neither: so every input differs a little, and of those that are quantised many fall
-    to the other side.
+    head's) largest in activations quantised for int8 and int4. With a bf16 cache, families that
+    attend in bf16 round queries and probabilities to it, by 1/512 at most, the reference neither:
+    so every input differs a little, and of those that are quantised many fall to the other side.
     """
     is_rounded = kv_cache_dtype == "bf16" and attends_in_bf16(isa) and head_dim % 32 == 0
     if weights in ("int8", "int4"):

@@ -52,21 +52,29 @@ def aligned_tensor(
     return Tensor(kind, rows, cols, has_min, rotated, room[start : start + len(packed)])
 
 
-def rounded_as_kernels_do(x: np.ndarray, tensor: Tensor) -> np.ndarray:
+def rounded_as_kernels_do(x: np.ndarray, tensor: Tensor, isa: str) -> np.ndarray:
     """The values that inputs stand for when they are multiplied with this matrix."""
     if tensor.dtype == "fp32":
         return x
-    return from_bf16(to_bf16(x)) if tensor.dtype == "bf16" else quantized_as_kernels_do(x, tensor)
+    if tensor.dtype == "bf16":
+        return from_bf16(to_bf16(x))
+    return quantized_as_kernels_do(x, tensor, isa)
 
 
-def quantized_as_kernels_do(x: np.ndarray, tensor: Tensor) -> np.ndarray:
+def quantized_as_kernels_do(x: np.ndarray, tensor: Tensor, isa: str) -> np.ndarray:
     """The values that inputs stand for once they are quantised for this matrix."""
     group = scale_group(tensor.cols, tensor.dtype, tensor.rotated)
+    limits_pairs = isa == "avx2" and tensor.rotated and tensor.dtype == "int8"
+    if limits_pairs:
+        group = min(group, 64)
     groups = (hadamard(x) if tensor.rotated else x).reshape(len(x), -1, group)
-    levels = 64 if tensor.rotated and tensor.dtype == "int8" else 127
-    largest = np.abs(groups).max(axis=2, keepdims=True)
-    scales = largest / np.float32(levels)
-    inverse = np.divide(np.float32(levels), largest, out=np.zeros_like(scales), where=scales > 0)
+    sizes = np.abs(groups)
+    if limits_pairs:  # two products are added up in 16 bits
+        sizes = sizes[:, :, ::2] + sizes[:, :, 1::2]
+    largest = sizes.max(axis=2, keepdims=True)
+    levels = np.float32(127)
+    scales = largest / levels
+    inverse = np.divide(levels, largest, out=np.zeros_like(scales), where=scales > 0)
     values = np.rint(groups * inverse).astype(np.float64) * scales
     if tensor.rotated:  # back: the transform is its own inverse but for a factor
         values = hadamard(values.reshape(x.shape)) / 32
@@ -78,7 +86,7 @@ def quantized_as_kernels_do(x: np.ndarray, tensor: Tensor) -> np.ndarray:
     ("dtype", "shape"),
     [
         (dtype, shape)
-        for shape in [(16, 32), (37, 160), (112, 64), (37, 192)]
+        for shape in [(16, 32), (37, 160), (112, 64), (37, 192), (21, 256), (16, 384)]
         for dtype in DTYPES
         if is_whole(dtype, shape[1])
     ],
@@ -89,7 +97,7 @@ def test_matmul_is_the_product(isa: str, dtype: str, shape: tuple[int, int]) -> 
     x = rng.standard_normal((13, shape[1])).astype(np.float32)
     x[4, :32] = 0
     weights = tensor.unpack().astype(np.float64)
-    inputs = rounded_as_kernels_do(x, tensor).astype(np.float64)
+    inputs = rounded_as_kernels_do(x, tensor, isa).astype(np.float64)
 
     y = native.matmul(tensor, x, isa=isa)
 
@@ -102,8 +110,8 @@ def test_matmul_is_the_product(isa: str, dtype: str, shape: tuple[int, int]) -> 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_matmul_bits_do_not_depend_on_the_number_of_rows(isa: str, dtype: str) -> None:
     rng = np.random.default_rng(2)
-    tensor = packed_tensor(rng.standard_normal((40, 192)).astype(np.float32), dtype)
-    x = rng.standard_normal((17, 192)).astype(np.float32)
+    tensor = packed_tensor(rng.standard_normal((40, 384)).astype(np.float32), dtype)
+    x = rng.standard_normal((17, 384)).astype(np.float32)
     whole = native.matmul(tensor, x, isa=isa)
     for count in range(1, 17):
         assert np.array_equal(native.matmul(tensor, x[:count], isa=isa), whole[:count])
@@ -114,8 +122,8 @@ def test_matmul_bits_do_not_depend_on_the_number_of_rows(isa: str, dtype: str) -
 def test_matmul_of_many_rows_unpacks_panels_without_changing_a_bit(isa: str, dtype: str) -> None:
     """Rows enough for every way that a kernel has, inputs enough for several chunks of a panel."""
     rng = np.random.default_rng(4)
-    tensor = packed_tensor(rng.standard_normal((20, 1600)).astype(np.float32), dtype)
-    x = rng.standard_normal((130, 1600)).astype(np.float32)
+    tensor = packed_tensor(rng.standard_normal((20, 1728)).astype(np.float32), dtype)
+    x = rng.standard_normal((130, 1728)).astype(np.float32)
     x[7] = 0
     one_by_one = np.concatenate([native.matmul(tensor, row[None], isa=isa) for row in x])
     for count in (11, 12, 15, 16, 24, 27, 28, 39, 40, 65, 130):

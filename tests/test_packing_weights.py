@@ -48,7 +48,7 @@ def random_blocks(rows: int, cols: int, dtype: str, has_min: bool = False) -> Qu
         shifts = rng.integers(8 * factors - 128, 128 - 7 * factors)
         return QuantizedRows(
             q,
-            scales[:, ::2],
+            scales[:, : cols // scale_group(cols, dtype, False)],
             factors=factors.astype(np.uint8),
             shifts=shifts.astype(np.int8),
         )
@@ -148,20 +148,20 @@ def test_nested4_bytes_are_those_of_the_format():
     blocks = random_blocks(16, 128, "nested4")
     panel = pack_quantized(blocks)
     data = panel[: 4 * 256].reshape(4, 4, 16, 4)
-    scales = panel[4 * 256 :][: 2 * 32].view(np.float16).reshape(2, 16)
-    shifts = panel[4 * 256 + 64 :][:64].view(np.int8).reshape(2, 16, 2)
-    factors = panel[4 * 256 + 128 :][:32].reshape(2, 16)
+    scales = panel[4 * 256 :][:32].view(np.float16)  # all 128 of a row share one
+    shifts = panel[4 * 256 + 32 :][:64].view(np.int8).reshape(2, 16, 2)
+    factors = panel[4 * 256 + 96 :][:32].reshape(2, 16)
     for row, col in [(0, 0), (5, 17), (9, 47), (15, 127)]:
         group, quad, byte = col // 32, col % 32 // 4, col % 4
         nibbles, both = data[group, quad % 4, row, byte], factors[group // 2, row]
         assert (nibbles & 15 if quad < 4 else nibbles >> 4) == blocks.q[row, col]
-        assert scales[group // 2, row] == blocks.scales[row, group // 2]
+        assert scales[row] == blocks.scales[row, 0]
         assert shifts[group // 2, row, group % 2] == blocks.shifts[row, group]
         assert (both >> 4 if group % 2 else both & 15) == blocks.factors[row, group]
         integer = int(blocks.factors[row, group]) * (int(blocks.q[row, col]) - 8)
         integer += int(blocks.shifts[row, group])
         assert blocks.integers()[row, col] == integer
-    assert not panel[4 * 256 + 160 :].any()
+    assert not panel[4 * 256 + 128 :].any()
 
 
 @given(
@@ -180,19 +180,19 @@ def test_nested4_stays_within_its_ranges_and_near_its_values(values):
     exact = (stored.q.astype(int).reshape(-1, 4, 32) - 8) * stored.factors[:, :, None]
     exact = exact + stored.shifts[:, :, None]
     assert (exact.reshape(values.shape) == stored.integers()).all()
-    # Half a step of a grid from the group's least to its largest value, on a scale that reaches the
-    # largest of 64; the largest may be clipped by as much as the narrowest span leaves out. A scale
+    # Half a step of a grid from the group's least to its largest value, on a scale that reaches
+    # the largest of 128; that may be clipped by as much as the narrowest span leaves out. A scale
     # may be a subnormal float16, a multiple of 2^-24.
     groups = values.reshape(-1, 4, 32)
     width = np.ptp(groups, axis=2)
-    largest = np.abs(values).reshape(-1, 2, 64).max(axis=2).repeat(2, axis=1)
+    largest = np.abs(values).max(axis=1, keepdims=True)
     bound = width / 8 + largest / 60 + 128 * 2**-24
     error = np.abs(stored.dequantize().reshape(groups.shape) - groups).max(axis=2)
     assert (error <= bound).all()
 
 
 def test_nested4_keeps_a_grid_with_a_minimum():
-    """As of a model distributed in Q4_1: symmetric int4 leaves over twenty times the error."""
+    """As of a model distributed in Q4_1: symmetric int4 leaves over fifteen times the error."""
     kind = gguf.GGMLQuantizationType.Q4_1
     values = gguf.dequantize(gguf.quantize(random_matrix(64, 512), kind), kind)
     assert not should_rotate(values, "nested4")
@@ -200,7 +200,7 @@ def test_nested4_keeps_a_grid_with_a_minimum():
         np.square(quantize(values, dtype, rotated=False).dequantize() - values).sum()
         for dtype in ("nested4", "int4")
     ]
-    assert errors[0] < errors[1] / 20
+    assert errors[0] < errors[1] / 15
 
 
 def test_slices_of_rows_join_into_the_whole():
@@ -266,12 +266,14 @@ def test_quantisation_is_no_worse_than_the_plain_grid(values):
     ("dtype", "cols", "kind", "ratio"),
     [
         pytest.param("int8", 544, gguf.GGMLQuantizationType.Q8_0, 0.8, id="int8 well below Q8_0"),
-        # Of normal values the largest of 64 is a tenth larger than of 32. With the outliers that
-        # real ones have, rotating them makes up for it: benchmarks/perplexity.py.
-        pytest.param("int8", 512, gguf.GGMLQuantizationType.Q8_0, 1.07, id="int8 pairs near Q8_0"),
+        # Of normal values the largest of 64 is a tenth larger than of 32, and so on. With the
+        # outliers that real ones have, rotating makes up for some of it: benchmarks/perplexity.py.
+        pytest.param("int8", 320, gguf.GGMLQuantizationType.Q8_0, 1.07, id="int8 by 64 near Q8_0"),
+        pytest.param("int8", 512, gguf.GGMLQuantizationType.Q8_0, 1.36, id="int8 by 128"),
+        pytest.param("int8", 576, gguf.GGMLQuantizationType.Q8_0, 1.5, id="int8 by 192"),
         pytest.param("int4", 512, gguf.GGMLQuantizationType.Q4_0, 0.92, id="int4 well below Q4_0"),
         pytest.param("nested4", 512, gguf.GGMLQuantizationType.Q4_0, 0.76, id="nested4 below int4"),
-        pytest.param("nested4", 512, gguf.GGMLQuantizationType.Q4_1, 1.0, id="nested4 below Q4_1"),
+        pytest.param("nested4", 576, gguf.GGMLQuantizationType.Q4_1, 1.0, id="nested4 below Q4_1"),
     ],
 )
 def test_quantisation_beats_the_gguf_type_it_resembles(dtype, cols, kind, ratio):

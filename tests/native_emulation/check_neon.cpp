@@ -71,7 +71,8 @@ void check_matmul(FsDtype dtype, bool has_min, bool is_rotated, int scale_group 
   constexpr int kRows = 37, kCols = 128, kInputs = 7;
   const size_t num_scale_bytes = static_cast<size_t>(kCols / scale_group * kPanelRows * 2);
   const size_t panel_nbytes[] = {kCols * 64, kCols * 32, kCols * 16 + num_scale_bytes,
-                                 kCols * 8 + 2 * num_scale_bytes, kCols * 8 + num_scale_bytes * 5 / 2};
+                                 kCols * 8 + 2 * num_scale_bytes,
+                                 kCols * 8 + num_scale_bytes + kCols / kPairSize * kPanelRows * 3};
   Matrix w;
   w.dtype = dtype, w.has_min = has_min, w.is_rotated = is_rotated, w.rows = kRows, w.cols = kCols, w.num_panels = 3;
   w.scale_group = scale_group;
@@ -99,7 +100,7 @@ void check_matmul(FsDtype dtype, bool has_min, bool is_rotated, int scale_group 
       std::memcpy(start + panel * w.panel_stride + i, &half, 2);
     }
     for (size_t i = end; i < panel_nbytes[dtype]; ++i) {  // 8 * 15 + 7 is an int8
-      const bool is_shift = i < end + num_scale_bytes;
+      const bool is_shift = i < end + kCols / kPairSize * kPanelRows * 2;
       const uint32_t bits = random_bits();
       start[panel * w.panel_stride + i] = static_cast<uint8_t>(is_shift ? bits % 15 - 7 : bits | 0x11);
     }
@@ -229,10 +230,10 @@ int main() {
   check_rows();
   for (const FsDtype dtype : {kFp32, kBf16, kInt8, kInt4}) check_matmul(dtype, false, false);
   for (const FsDtype dtype : {kInt8, kInt4}) check_matmul(dtype, false, true);
-  check_matmul(kInt8, false, true, 2 * kGroupSize);
+  for (const int size : {kPairSize, 2 * kPairSize}) check_matmul(kInt8, false, true, size);
   check_matmul(kInt4, true, false);
   for (const bool is_rotated : {false, true}) {
-    check_matmul(kNested4, false, is_rotated, 2 * kGroupSize);
+    for (const int size : {kPairSize, 2 * kPairSize}) check_matmul(kNested4, false, is_rotated, size);
   }
   for (const FsDtype dtype : {kFp32, kBf16, kInt8}) {
     check_attention(dtype, 0);

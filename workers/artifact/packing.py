@@ -104,14 +104,18 @@ def unpack_quantized(
 
     scales = halves(data_nbytes)
     if dtype == "nested4":
-        end = data_nbytes + scales_nbytes
-        shifts = panels[:, end : end + scales_nbytes].reshape(num_panels, num_scales, PANEL_ROWS, 2)
-        both = panels[:, end + scales_nbytes :][:, : num_scales * PANEL_ROWS]
-        both = both.reshape(num_panels, num_scales, PANEL_ROWS, 1)
+        num_pairs = cols // (2 * GROUP)
+        shifts, both = np.split(
+            panels[:, data_nbytes + scales_nbytes :][:, : num_pairs * PANEL_ROWS * 3],
+            [num_pairs * PANEL_ROWS * 2],
+            axis=1,
+        )
+        shifts = shifts.reshape(num_panels, num_pairs, PANEL_ROWS, 2)
+        both = both.reshape(num_panels, num_pairs, PANEL_ROWS, 1)
         factors = np.concatenate([both & 15, both >> 4], axis=3)
 
         def by_row(pairs: NDArray[np.uint8]) -> NDArray[np.uint8]:
-            return pairs.transpose(0, 2, 1, 3).reshape(-1, 2 * num_scales)[:rows]
+            return pairs.transpose(0, 2, 1, 3).reshape(-1, 2 * num_pairs)[:rows]
 
         return QuantizedRows(
             q,

@@ -1,12 +1,12 @@
 """Matrices as groups of small integers: `int8`, `int4` and `nested4`.
 
 Groups of 32 are the blocks of GGUF's Q8_0, Q4_0 and Q4_1. What we quantise ourselves is rotated
-before (rotation.py) unless that makes it worse, and where rows are whole groups of 64 they share a
-scale; blocks taken over from a file are neither.
+before (rotation.py) unless that makes it worse, and several neighbouring groups share a scale (see
+`scale_group`); blocks taken over from a file are neither.
 
-nested4 is what our own 4-bit weights are then. A scale alone would serve 64 of them badly; but it
-need not: each half of a group has a small factor and shift of its own, both integers, so that what
-the scale multiplies is an int8 again. Q4_K of llama.cpp (Kawrakow 2023) nests its scales so, in
+nested4 is what our own 4-bit weights are then. A scale alone would serve so many of them badly; but
+it need not: each 32 have a small factor and shift of their own, both integers, so that what the
+scale multiplies is an int8 again. Q4_K of llama.cpp (Kawrakow 2023) nests its scales so, in
 groups of 256.
 
 Rows are independent and a group never crosses a row, so a matrix may be quantised in slices of
@@ -174,31 +174,32 @@ def _quantize_int4(groups: NDArray[np.float32]) -> QuantizedRows:
 
 
 def _quantize_nested4(groups: NDArray[np.float32]) -> QuantizedRows:
-    """Per group of 64 the scale of least squared error among a few, and per half of it the factor
-    and the shift, next to those of the half's own best grid, that leave the least.
+    """Per group the scale of least squared error among a few, and for each 32 of it the factor and
+    the shift, next to those of their own best grid, that leave the least.
     """
-    rows = len(groups)
+    rows, num_parts = len(groups), groups.shape[2] // GROUP
     least = np.abs(groups).max(axis=2) / np.float32(127)  # or the integers would be no int8
     _as_float16(least)  # refused before anything overflows
-    halves = groups.reshape(rows, -1, GROUP)
-    step, middle = _affine_grids(halves)
-    widest = step.reshape(rows, -1, 2).max(axis=2)
+    parts = groups.reshape(rows, -1, GROUP)
+    step, middle = _affine_grids(parts)
+    widest = step.reshape(rows, -1, num_parts).max(axis=2)
     best_scales = np.zeros(widest.shape, np.float16)
     best_error = np.full(widest.shape, np.inf, np.float32)
     for extreme in _NESTED4_EXTREMES:
         scales = _as_float16(np.maximum(widest / np.float32(extreme), least))
-        wide = np.repeat(scales.astype(np.float32), 2, axis=1)
+        wide = np.repeat(scales.astype(np.float32), num_parts, axis=1)
         factors = np.rint(step * _inverse_of(wide))
-        error = _nested_on(halves, wide, factors, middle, 0)[0].reshape(rows, -1, 2).sum(axis=2)
+        errors = _nested_on(parts, wide, factors, middle, 0)[0]
+        error = errors.reshape(rows, -1, num_parts).sum(axis=2)
         better = error < best_error
         best_error = np.where(better, error, best_error)
         best_scales = np.where(better, scales, best_scales)
-    wide = np.repeat(best_scales.astype(np.float32), 2, axis=1)
+    wide = np.repeat(best_scales.astype(np.float32), num_parts, axis=1)
     lower = np.floor(step * _inverse_of(wide))
     best: list[NDArray[np.float32]] | None = None
     for factors in (lower, lower + 1):
         for nudge in (-0.25, 0.25):  # both integers where the best shift lies between two
-            tried = _nested_on(halves, wide, factors, middle, nudge)
+            tried = _nested_on(parts, wide, factors, middle, nudge)
             if best is None:
                 best = tried
                 continue
@@ -217,22 +218,22 @@ def _quantize_nested4(groups: NDArray[np.float32]) -> QuantizedRows:
     )
 
 
-def _affine_grids(halves: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def _affine_grids(parts: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """The step of the best of a few grids of 16 values for each group, and where its middle lies.
 
     A candidate spans a part of the way from the least to the largest value. Once the integers are
     rounded, the best line through them follows from their covariance with the values.
     """
-    low, high = halves.min(axis=2), halves.max(axis=2)
-    mean = halves.mean(axis=2)
+    low, high = parts.min(axis=2), parts.max(axis=2)
+    mean = parts.mean(axis=2)
     best_gain = np.full(low.shape, -1, np.float32)
     best_step, best_middle = np.zeros_like(low), mean
     for span in _NESTED4_SPANS:
         inverse = _inverse_of((high - low) * np.float32(span / 15))
-        centred = halves - ((low + high) / 2)[:, :, None]
+        centred = parts - ((low + high) / 2)[:, :, None]
         n = np.clip(np.rint(centred * inverse[:, :, None] + np.float32(7.5)), 0, 15)
         mean_n = n.mean(axis=2)
-        covariance = np.einsum("rgk,rgk->rg", n, halves) / GROUP - mean_n * mean
+        covariance = np.einsum("rgk,rgk->rg", n, parts) / GROUP - mean_n * mean
         variance = np.einsum("rgk,rgk->rg", n, n) / GROUP - mean_n * mean_n
         step = np.maximum(covariance, 0) * _inverse_of(variance)
         gain = covariance * step
@@ -244,20 +245,20 @@ def _affine_grids(halves: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDA
 
 
 def _nested_on(
-    halves: NDArray[np.float32],
+    parts: NDArray[np.float32],
     scales: NDArray[np.float32],
     factors: NDArray[np.float32],
     middle: NDArray[np.float32],
     nudge: float,
 ) -> list[NDArray[np.float32]]:
     """The squared error that is left with these scales and factors, for shifts that put the grid's
-    middle nearest to `middle` (+ `nudge`): [error, factors, shifts, q - 8] of each half.
+    middle nearest to `middle` (+ `nudge`): [error, factors, shifts, q - 8] of each 32.
     """
     inverse = _inverse_of(scales)
     factors = np.clip(factors, 1, 15)
     shifts = np.rint(middle * inverse + factors / 2 + np.float32(nudge))
     shifts = np.clip(shifts, 8 * factors - 128, 127 - 7 * factors)
-    scaled = halves * inverse[:, :, None]
+    scaled = parts * inverse[:, :, None]
     q = np.rint((scaled - shifts[:, :, None]) * _inverse_of(factors)[:, :, None])
     q = np.clip(q, -8, 7)
     difference = q * factors[:, :, None] + shifts[:, :, None] - scaled

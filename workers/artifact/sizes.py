@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 GROUP = 32
+SCALE_GROUPS = (192, 128, 64)  # inputs that share a scale, where it need not be one group
 PANEL_ROWS = 16
 ALIGNMENT = 64
 
@@ -23,11 +24,13 @@ def weight_type(dtype: str) -> str:
 
 
 def scale_group(cols: int, dtype: str, rotated: bool) -> int:
-    """How many neighbouring inputs share a scale: 64 in nested4, and in rotated int8 whose rows are
-    whole groups of that, which loses little by it and is multiplied much faster; else 32.
+    """How many neighbouring inputs share a scale: 192, 128 or 64, the most of these that rows are
+    whole groups of, in nested4 and in rotated int8, which lose little by it and are multiplied much
+    faster; else 32.
     """
-    has_pairs = dtype == "nested4" or (dtype == "int8" and rotated and cols % (2 * GROUP) == 0)
-    return 2 * GROUP if has_pairs else GROUP
+    if dtype == "nested4" or (dtype == "int8" and rotated):
+        return next((size for size in SCALE_GROUPS if cols % size == 0), GROUP)
+    return GROUP
 
 
 def panel_nbytes(cols: int, dtype: str, has_min: bool = False, rotated: bool = False) -> int:
@@ -38,7 +41,7 @@ def panel_nbytes(cols: int, dtype: str, has_min: bool = False, rotated: bool = F
         "bf16": cols * 2,
         "int8": cols + num_scales * 2,
         "int4": cols // 2 + num_scales * (4 if has_min else 2),
-        "nested4": cols // 2 + num_scales * 5,
+        "nested4": cols // 2 + num_scales * 2 + cols // GROUP * 3 // 2,
     }[dtype]
     return -(-used * PANEL_ROWS // ALIGNMENT) * ALIGNMENT
 

@@ -41,11 +41,18 @@ class ReferenceExecutor:
         artifact: the model.
         num_blocks, block_size: the KV cache; memory is taken as blocks are first written.
         kv_cache_dtype: fp32, bf16 or int8.
+        limits_pairs: see `load_matrix`.
     Raises: InvalidRequestError for another kv_cache_dtype.
     """
 
     def __init__(
-        self, artifact: Artifact, *, num_blocks: int, block_size: int, kv_cache_dtype: str
+        self,
+        artifact: Artifact,
+        *,
+        num_blocks: int,
+        block_size: int,
+        kv_cache_dtype: str,
+        limits_pairs: bool = False,
     ) -> None:
         if kv_cache_dtype not in KV_CACHE_DTYPES:
             raise InvalidRequestError(
@@ -54,7 +61,7 @@ class ReferenceExecutor:
                 param="kv_cache_dtype",
             )
         self._config = artifact.config
-        self._weights: _Weights | None = _Weights.of(artifact)
+        self._weights: _Weights | None = _Weights.of(artifact, limits_pairs)
         self._cache: _KVCache | None = _KVCache(
             artifact.config, num_blocks, block_size, kv_cache_dtype
         )
@@ -151,11 +158,11 @@ class _Weights:
     inv_freq: Float32
 
     @classmethod
-    def of(cls, artifact: Artifact) -> _Weights:
+    def of(cls, artifact: Artifact, limits_pairs: bool) -> _Weights:
         names = frozenset(artifact.names)
 
         def matrix(name: str) -> Matrix:
-            return load_matrix(artifact.tensor(name))
+            return load_matrix(artifact.tensor(name), limits_pairs=limits_pairs)
 
         def vector(name: str) -> Float32 | None:
             return artifact.vector(name) if name in names else None

@@ -25,9 +25,7 @@ TILE_ROWS = 8
 PANEL_ROWS = 16
 MAX_COLS = 2048
 
-# The largest of a group of quantised inputs. Rotated groups have no outliers and so lose little
-# with half the levels; byte products with int8 weights then fit 16 bits as x86 multiplies them.
-INPUT_LEVELS, ROTATED_INT8_LEVELS = 127, 64
+INPUT_LEVELS = 127  # the largest of a group of quantised inputs
 LEAST_SCALE = np.float32(2.0**-100)  # the inverse of less may be no float
 
 
@@ -43,17 +41,17 @@ class Matrix(Protocol):
         ...
 
 
-def load_matrix(tensor: Tensor) -> Matrix:
-    """The matrix that an artifact's tensor holds, of whichever dtype."""
+def load_matrix(tensor: Tensor, *, limits_pairs: bool = False) -> Matrix:
+    """The matrix that an artifact's tensor holds, of whichever dtype.
+
+    Args:
+        limits_pairs: quantise the inputs of our own (rotated) int8 as the native AVX2 family does,
+            which adds products up in 16 bits (see `quantize_activations`): 64 share a scale.
+    """
     if tensor.dtype in FLOAT_DTYPES:
         return FloatMatrix(tensor.unpack(), rounds_inputs=tensor.dtype == "bf16")
-    return QuantizedMatrix(tensor)
-
-
-def input_levels(tensor: Tensor) -> int:
-    """What the largest value of a group becomes when inputs are quantised for this matrix."""
-    is_rotated_int8 = tensor.rotated and tensor.dtype == "int8"
-    return ROTATED_INT8_LEVELS if is_rotated_int8 else INPUT_LEVELS
+    is_own_int8 = tensor.dtype == "int8" and tensor.rotated
+    return QuantizedMatrix(tensor, limits_pairs=limits_pairs and is_own_int8)
 
 
 class FloatMatrix:
@@ -112,24 +110,25 @@ class QuantizedMatrix:
 
     y = sum over the groups, left to right, of (sum of q_w * q_x) * (scale_w * scale_x), and with
     mins also of min_w * (scale_x * sum of q_x); in float32. The inner sums stay below
-    32 * 128 * 127 and 64 * 128 * 127 < 2^24, so float32 holds them exactly and BLAS may add in any
-    order.
+    192 * 128 * 127 < 2^24, so float32 holds them exactly and BLAS may add in any order.
     Where the weights are rotated, x is rotated before it is quantised.
     """
 
-    def __init__(self, tensor: Tensor) -> None:
+    def __init__(self, tensor: Tensor, *, limits_pairs: bool = False) -> None:
         blocks = unpack_quantized(
             tensor.data, tensor.rows, tensor.cols, tensor.dtype, tensor.has_min, tensor.rotated
         )
         self._rotated = tensor.rotated
-        self._levels = input_levels(tensor)
-        self._group = scale_group(tensor.cols, tensor.dtype, tensor.rotated)
+        self._limits_pairs = limits_pairs
+        scale = scale_group(tensor.cols, tensor.dtype, tensor.rotated)
+        self._group = min(scale, 2 * GROUP) if limits_pairs else scale
+        per_scale = scale // self._group
         integers = blocks.integers().reshape(tensor.rows, -1, self._group)
         q = integers.transpose(1, 0, 2).astype(np.float32)
         if blocks.dtype == "int4" and blocks.mins is None:
             q -= 8
         self._q = np.ascontiguousarray(q)  # (groups, rows, group)
-        self._scales = _by_group(blocks.scales)  # (groups, rows, 1)
+        self._scales = _by_group(blocks.scales.repeat(per_scale, axis=1))  # (groups, rows, 1)
         self._mins = None if blocks.mins is None else _by_group(blocks.mins)
 
     def product(self, x: Float32) -> Float32:
@@ -146,7 +145,7 @@ class QuantizedMatrix:
 
     def _tile_product(self, x: Float32) -> Float32:
         rotated = hadamard(x) if self._rotated else x
-        q, scales = quantize_activations(rotated, self._levels, self._group)
+        q, scales = quantize_activations(rotated, self._group, limits_pairs=self._limits_pairs)
         if self._rotated:
             scales *= INPUTS_FACTOR
         dots = np.matmul(self._q, q.transpose(1, 2, 0))  # (groups, rows, n)
@@ -160,22 +159,27 @@ class QuantizedMatrix:
 
 
 def quantize_activations(
-    x: Float32, levels: int = INPUT_LEVELS, group: int = GROUP
+    x: Float32, group: int = GROUP, *, limits_pairs: bool = False
 ) -> tuple[Float32, Float32]:
-    """Quantise each row in groups: scale = max|x| / levels, q = x * (levels / max|x|).
+    """Quantise each row in groups: scale = max|x| / 127, q = x * (127 / max|x|).
 
     Args:
         x: (n, cols) float32, cols a multiple of `group`.
-        levels: see `input_levels`.
         group: see `scale_group`.
-    Returns: q (n, groups, group), whole numbers of -levels .. levels held as float32 (halves went
-        to even); scales (n, groups) float32, 0 for a group of zeros or of less than LEAST_SCALE.
+        limits_pairs: the largest |a| + |b| of the inputs' pairs takes the place of max|x|.
+    Returns: q (n, groups, group), whole numbers of -127 .. 127 held as float32 (halves went to
+        even); scales (n, groups) float32, 0 for a group of zeros or of less than LEAST_SCALE.
     """
     groups = x.reshape(len(x), x.shape[1] // group, group)
-    largest = np.abs(groups).max(axis=2)
-    scales = largest / np.float32(levels)
+    sizes = np.abs(groups)
+    if limits_pairs:
+        sizes = sizes[:, :, ::2] + sizes[:, :, 1::2]
+    largest = sizes.max(axis=2)
+    scales = largest / np.float32(INPUT_LEVELS)
     scales[scales < LEAST_SCALE] = 0
-    inverse = np.divide(np.float32(levels), largest, out=np.zeros_like(scales), where=scales > 0)
+    inverse = np.divide(
+        np.float32(INPUT_LEVELS), largest, out=np.zeros_like(scales), where=scales > 0
+    )
     return np.rint(groups * inverse[:, :, None]), scales
 
 

@@ -24,9 +24,12 @@ constexpr int kLogitsRows = 64;
 constexpr int64_t logits_stride(int64_t vocab_size) { return (vocab_size + 15) / 16 * 16; }
 // Logits of so many bytes or more are stored past the caches.
 constexpr int64_t kStreamedNbytes = 2 << 20;
-// Columns of gate and up that are multiplied, combined and quantised in one go.
-constexpr int kStretch = 128;
-// Up to so many rows, their norms take less time than a job of their own would cost.
+// Columns of gate and up that are multiplied, combined and quantised in one go; as many as share a scale,
+// at most.
+constexpr int kStretch = kMaxScaleGroup;
+// Fewer items than this a PE would leave PEs waiting for the last one.
+constexpr int kMinItemsPerPe = 4;
+// Up to so many rows, norming or quantising them takes less time than a job of its own would cost.
 constexpr int kFewRows = 4;
 
 // What was stored past the caches is not ordered by the count of finished items alone.
@@ -267,7 +270,8 @@ void Engine::quantize(const Activations& x, const Matrix& next, int row, int col
 }
 
 // inner = silu(gate) * up, as `down` wants it. Gate and up go through a small buffer, a stretch of
-// columns at a time, unless up's rows do not begin with a panel.
+// columns at a time, unless up's rows do not begin with a panel. Stretches are whole groups, and
+// quantised at once, but where that makes too few of them for the PEs.
 void Engine::gate_up(int num_rows, const LayerWeights& weights) {
   const int width = config_.intermediate_size;
   const Matrix& w = weights.gate_up;
@@ -284,10 +288,12 @@ void Engine::gate_up(int num_rows, const LayerWeights& weights) {
   }
   const MatmulKernel kernel = kernels_.matmul[w.dtype];
   const int block_rows = rows_per_block(num_rows), num_blocks = ceil_div(num_rows, block_rows);
-  const int num_groups = width / group;
+  const bool is_quantized_later = is_rounded && width / group * num_blocks < pool_.size() * kMinItemsPerPe;
+  const bool is_quantized_here = is_rounded && !is_quantized_later;
+  const int unit = is_quantized_later ? kGroupSize : group;
   const int num_stretches = std::max(1, pool_.size() * kItemsPerPe / num_blocks);
-  const int stretch = std::min(ceil_div(num_groups, num_stretches) * group, kStretch);
-  pool_.run(ceil_div(width, stretch) * num_blocks, [&](int item, int pe) {
+  const int stretch = std::min(ceil_div(width / unit, num_stretches), kStretch / unit) * unit;
+  const auto body = [&](int item, int pe) {
     const PeScratch& scratch = scratch_[static_cast<size_t>(pe)];
     const int begin = item / num_blocks * stretch, end = std::min(begin + stretch, width);
     const int first_row = item % num_blocks * block_rows;
@@ -306,13 +312,23 @@ void Engine::gate_up(int num_rows, const LayerWeights& weights) {
       const int64_t place = int64_t{row - first_row} * stretch;
       float* gate = parts[0] + place;
       float* product =
-          is_rounded ? gate : buffers_.inner.values + int64_t{row} * width + begin;
+          is_quantized_here ? gate : buffers_.inner.values + int64_t{row} * width + begin;
       kernels_.swiglu(product, gate, parts[1] + place, end - begin);
-      if (is_rounded) {
+      if (is_quantized_here) {
         kernels_.quantize(product, buffers_.inner, weights.down, row, begin, end);
       }
     }
-  });
+  };
+  const int num_items = ceil_div(width, stretch) * num_blocks;
+  const auto quantize_row = [&](int row, int) { quantize(buffers_.inner, weights.down, row, 0, width); };
+  if (is_quantized_later && num_rows <= kFewRows) {
+    pool_.run(num_items, body, [&] {
+      for (int row = 0; row < num_rows; ++row) quantize_row(row, 0);
+    });
+    return;
+  }
+  pool_.run(num_items, body);
+  if (is_quantized_later) for_rows(num_rows, quantize_row);
 }
 
 template <class Finish>

@@ -22,15 +22,18 @@ struct Activations {
   float* values;       // (rows, cols)
   uint16_t* halves;    // (rows rounded up to 16, cols): values as bfloat16
   int8_t* quants;      // (rows, cols): values / scale, rounded half to even
-  // Of as many inputs as share a scale, Matrix::scale_group: (rows, Matrix::num_scales) each.
+  // Of as many inputs as share a scale, Matrix::scale_group or, in the AVX2 family, perhaps fewer
+  // (row_kernels.h): (rows, cols / so many) each.
   float* scales;       // what a quant stands for
   float* scaled_sums;  // scale * sum of the quants
   int32_t* offsets;    // -128 * sum: what undoes it where weights + 128 are multiplied
-  int32_t* word_sums;  // where two groups share a scale: the sum of each, two int16
+  // Of two groups of 32, (rows, cols / 64): the sum of each, two int16.
+  int32_t* word_sums;
   // Of each group of 32: (rows, Matrix::num_groups). What undoes it where nibbles are multiplied.
   int32_t* group_offsets;  // -8 * sum
-  // For the AMX family, which may fill nothing else for rows in whole blocks of 16: (rows/16,
-  // num_scales, 16) of quants (scale_group each), scales and scaled sums.
+  // For the AMX family, which may fill nothing else for rows in whole blocks of 16: quants as tiles
+  // take them, (rows/16, cols/64, 16, 64), or 32 in place of 64 where weights' scales are of 32;
+  // (rows/16, num_scales, 16) of scales and scaled sums.
   int8_t* tile_quants;
   float *tile_scales, *tile_scaled_sums;
 };

@@ -35,6 +35,7 @@ namespace amx {
 
 #include "simd_avx2.h"
 
+constexpr bool kAddsPairsInWords = false;  // see row_kernels.h
 #include "row_kernels.h"
 
 #include "attention_kernel.h"

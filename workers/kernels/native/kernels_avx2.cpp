@@ -19,6 +19,7 @@ namespace avx2 {
 
 #include "simd_avx2.h"
 
+constexpr bool kAddsPairsInWords = true;  // see row_kernels.h
 #include "row_kernels.h"
 
 #include "attention_kernel.h"

@@ -23,6 +23,7 @@ namespace neon {
 
 #include "simd_neon.h"
 
+constexpr bool kAddsPairsInWords = false;  // see row_kernels.h
 #include "row_kernels.h"
 
 #include "attention_kernel.h"

@@ -14,6 +14,7 @@ namespace portable {
 
 #include "simd_portable.h"
 
+constexpr bool kAddsPairsInWords = false;  // see row_kernels.h
 #include "row_kernels.h"
 
 #include "attention_kernel.h"
@@ -138,10 +139,11 @@ void dot_nested4(float* acc, const uint8_t* panel, const Matrix& w, const Activa
   const uint8_t* nibbles = parts.nibbles;
   for (int g = 0; g < num_scales; ++g) {
     I4 sums[8] = {};
-    for (int half = 0; half < 2; ++half, inputs += kGroupSize) {
+    for (int group = 0; group < w.scale_group / kGroupSize; ++group, inputs += kGroupSize) {
+      const int pair = g * w.scale_group / kPairSize + group / 2, half = group % 2;
       Words8 factors[8], shifts[8];
       for (int v = 0; v < 8; ++v) {
-        const int output = g * kPanelRows + 2 * v;
+        const int output = pair * kPanelRows + 2 * v;
         factors[v] = each_four_times(parts.factors + output, 1) >> (4 * half) & 15;
         shifts[v] = each_four_times(parts.shifts + 2 * output + half, 2);
       }

@@ -1,10 +1,10 @@
 // Matrix products of the AMX family: blocks of 16 rows by one panel in tiles.
 //
-// int8 and int4: the inputs that share a scale are one tile product of 16 rows x 32 or 64 inputs by so
-// many inputs x 16 outputs, which a panel's int8 data are as they lie. The sums are the integers that
-// vpdpbusd gives, and the floating-point part is the AVX-512 family's, so that fewer than 16 rows, and
-// the rows that are left over, go through its kernels with the same bits. 64 fill a tile; with 32, half
-// of it stays empty.
+// int8 and int4: a tile product is 16 rows x 64 inputs by 64 inputs x 16 outputs, which a panel's int8 data
+// are as they lie; where scales are of 32 inputs, half of a tile stays empty. What shares a scale is
+// summed up in tiles. The sums are the integers that vpdpbusd gives, and the floating-point part is the
+// AVX-512 family's, so that fewer than 16 rows, and the rows that are left over, go through its
+// kernels with the same bits.
 //
 // bf16: the tiles sum over all inputs in their own order: over 32 inputs the even and the odd ones,
 // then the two, then onto the sum; inputs past a multiple of 32 follow from left to right, each one
@@ -13,39 +13,26 @@
 
 constexpr int kTileRows = 16;
 
+// How many of the inputs a tile takes.
+SIMD_INLINE int tile_inputs(const Matrix& w) { return std::min(w.scale_group, kPairSize); }
+
 // What a panel's sums are multiplied by.
 struct PanelScales {
   const uint16_t *scales, *mins;  // (scales of a row, 16); mins: null without
 
+  PanelScales(const uint16_t* scales, const uint16_t* mins) : scales(scales), mins(mins) {}
   PanelScales(const Matrix& w, const uint8_t* place, bool has_min)
       : scales(reinterpret_cast<const uint16_t*>(place)),
         mins(has_min ? scales + w.num_scales() * kPanelRows : nullptr) {}
 };
 
-// An int32 below 2^22 in size, as a float: as mantissa of 1.5 * 2^23, which is then taken off.
+// An int32 below 2^22 in size (192 products of bytes are), as a float: as mantissa of 1.5 * 2^23, which is then taken off.
 //
 // For some time after an instruction on tiles one of the two units for 512 bits takes no multiplication
 // and no conversion, but additions (measured on an Emerald Rapids): two of these are faster then.
 SIMD_INLINE __m512 float_by_adding(__m512i x) {
   const __m512i raised = _mm512_add_epi32(x, _mm512_set1_epi32(0x4b400000));
   return _mm512_sub_ps(_mm512_castsi512_ps(raised), splat16(0x1.8p23f));
-}
-
-// Sums of a group's products for 16 rows, scaled, onto `acc`. scales, sums: the rows' inputs'.
-template <bool HasMin>
-SIMD_INLINE void add_group(__m512 (&acc)[kTileRows], const int32_t* dots, const PanelScales& data,
-                           int g, const float* scales, const float* sums) {
-  const __m512 scale = load16_half(data.scales + g * kPanelRows);
-#pragma GCC unroll 16
-  for (int m = 0; m < kTileRows; ++m) {
-    const __m512 dot = float_by_adding(_mm512_loadu_si512(dots + m * kPanelRows));
-    acc[m] = _mm512_fmadd_ps(dot, _mm512_mul_ps(splat16(scales[m]), scale), acc[m]);
-  }
-  if (HasMin) {
-    const __m512 min = load16_half(data.mins + g * kPanelRows);
-#pragma GCC unroll 16
-    for (int m = 0; m < kTileRows; ++m) acc[m] = _mm512_fmadd_ps(splat16(sums[m]), min, acc[m]);
-  }
 }
 
 // Asks for the lines that a block's outputs will be written to: other PEs have read or written them since,
@@ -81,113 +68,154 @@ SIMD_INLINE void store_block(__m512 (&acc)[kTileRows], const Matrix& w, int pane
   for (int m = 0; m < kTileRows; ++m) _mm512_storeu_ps(y + m * stride, acc[m]);
 }
 
-// Tile 0: sums; 1: inputs; 2: weights.
+// Blocks whose products with a panel are made side by side: each load of weights serves all of them, and
+// none of their tiles waits for the one that was multiplied onto it last.
+constexpr int kMostBlocks = 4;
+
+// Tiles 0 to 3: sums, of a block of rows each; 4 and 5: inputs; 6: weights.
 constexpr TileConfig int8_tiles(int num_inputs) {
-  TileConfig config = {1, 0, {}, {64, 0, 64}, {kTileRows, kTileRows, 0}};
-  config.row_nbytes[1] = static_cast<uint16_t>(num_inputs);
-  config.rows[2] = static_cast<uint8_t>(num_inputs / 4);
-  return config;
+  const uint16_t nbytes = static_cast<uint16_t>(num_inputs);
+  const uint8_t quads = static_cast<uint8_t>(num_inputs / 4);
+  return {1, 0, {}, {64, 64, 64, 64, nbytes, nbytes, 64},
+          {kTileRows, kTileRows, kTileRows, kTileRows, kTileRows, kTileRows, quads}};
 }
 
-// The products of blocks of 16 rows, `Inputs` of the inputs at a time, with one panel after the other.
+// The products of panels with blocks of 16 rows, `Inputs` of the inputs at a time.
 //
-// What is begun is read two turns later: in the turn between, the tile is stored and the next product
-// begun, so that none waits for another. (A CPU renames tiles, as it does registers.)
-template <int Inputs, class Values>
+// What shares a scale is summed up in tiles, which are stored then. Those sums are scaled between the
+// products that follow, of the next inputs, blocks or panel: until then they are `pending_`.
+template <bool HasMin, int Inputs>
 class TileProducts {
  public:
-  // What tiles store. Not within the object: what the compiler sees handed to assembly it cannot keep
-  // in registers.
-  struct alignas(64) Dots {
-    int32_t of[2][kTileRows * kPanelRows];
+  // Not within the object: what the compiler sees handed to assembly it cannot keep in registers.
+  struct alignas(64) Room {
+    int32_t dots[kMostBlocks][kTileRows * kPanelRows];  // what tiles stored
+    float sums[kMostBlocks][kTileRows * kPanelRows];    // scaled, of the inputs so far
   };
 
-  // values(panel): the panel as the tiles take it, until it is called for the one after the next.
-  TileProducts(const Matrix& w, int panel, int panel_end, const int8_t* inputs, int num_blocks,
-               const Values& values, Dots& dots)
+  TileProducts(const Matrix& w, const Activations& x, int row_end, const Output& out, Room& room)
       : w_(w),
-        values_(values),
-        inputs_(inputs),
+        x_(x),
+        out_(out),
+        room_(room),
+        row_end_(row_end),
         num_scales_(w.num_scales()),
-        num_blocks_(num_blocks),
-        panel_(panel),
-        panel_end_(panel_end),
-        stored_(dots.of[0]),
-        read_(dots.of[1]) {
-    enter_panel();
-    turn();
-    turn();
-  }
+        tiles_per_scale_(w.scale_group / Inputs) {}
 
-  // Goes on; returns the sums (16 rows, 16 outputs) of the product that was begun two turns before.
-  SIMD_INLINE const int32_t* turn() {
-    std::swap(stored_, read_);
-    TILE_STORE(0, stored_, 64);
-    if (panel_ < panel_end_) {
-      fetch_.template advance<2>();  // few panels fit into the first-level cache beside the rest
-      TILE_LOAD(1, input_, Inputs);
-      TILE_LOAD(2, weights_, 64);
+  // Of `Blocks` blocks from `row` on. values: the panel as the tiles take it; scales: what its sums
+  // are multiplied by; fetch goes on with every tile of the panel's.
+  template <int Blocks>
+  void multiply(int panel, int row, const int8_t* values, const PanelScales& scales, PanelFetch& fetch) {
+    const int64_t block_stride = int64_t{w_.cols} * kTileRows;
+    const int8_t* inputs = x_.tile_quants + row / kTileRows * block_stride;
+    for (int g = 0; g < num_scales_; ++g) {
       TILE_ZERO(0);
-      TILE_DOT_INT8(0, 1, 2);
-      input_ += kTileRows * Inputs;
-      weights_ += kPanelRows * Inputs;
-      if (--scales_left_ == 0) enter_block();
+      if (Blocks > 1) TILE_ZERO(1);
+      if (Blocks > 2) TILE_ZERO(2);
+      if (Blocks > 3) TILE_ZERO(3);
+      int num_scaled = 0;
+      for (int step = 1; step <= tiles_per_scale_; ++step) {
+        fetch.template advance<2>();  // few panels fit into the first-level cache beside the rest
+        TILE_LOAD(6, values, 64);
+        TILE_LOAD(4, inputs, Inputs);
+        TILE_DOT_INT8(0, 4, 6);
+        if (Blocks > 1) TILE_LOAD(5, inputs + block_stride, Inputs);
+        if (Blocks > 1) TILE_DOT_INT8(1, 5, 6);
+        if (Blocks > 2) TILE_LOAD(4, inputs + 2 * block_stride, Inputs);
+        if (Blocks > 2) TILE_DOT_INT8(2, 4, 6);
+        if (Blocks > 3) TILE_LOAD(5, inputs + 3 * block_stride, Inputs);
+        if (Blocks > 3) TILE_DOT_INT8(3, 5, 6);
+        values += kPanelRows * Inputs, inputs += kTileRows * Inputs;
+        const int due = step * pending_.num_blocks / tiles_per_scale_;
+        for (; num_scaled < due; ++num_scaled) scale_block(num_scaled);
+      }
+      TILE_STORE(0, room_.dots[0], 64);
+      if (Blocks > 1) TILE_STORE(1, room_.dots[1], 64);
+      if (Blocks > 2) TILE_STORE(2, room_.dots[2], 64);
+      if (Blocks > 3) TILE_STORE(3, room_.dots[3], 64);
+      pending_ = {panel, row, Blocks, g, scales};
     }
-    return read_;
+  }
+  // After the last.
+  void finish() {
+    for (int block = 0; block < pending_.num_blocks; ++block) scale_block(block);
+    pending_.num_blocks = 0;
   }
 
  private:
-  SIMD_INLINE void enter_block() {
-    scales_left_ = num_scales_;
-    weights_ = begin_;
-    if (--blocks_left_ > 0) return;
-    if (++panel_ < panel_end_) enter_panel();
-  }
-  SIMD_INLINE void enter_panel() {
-    begin_ = weights_ = values_(panel_);
-    input_ = inputs_;
-    scales_left_ = num_scales_;
-    blocks_left_ = num_blocks_;
-    fetch_ = PanelFetch(w_, panel_ + 1, 1, int64_t{num_scales_} * num_blocks_);
+  struct Pending {
+    int panel, row, num_blocks, g;
+    PanelScales scales;
+  };
+
+  // Onto the block's sums, which go to the outputs with the last of the inputs.
+  SIMD_INLINE void scale_block(int block) {
+    const int row = pending_.row + block * kTileRows, g = pending_.g;
+    const int count = std::min(row_end_ - row, kTileRows);
+    const int64_t place = (int64_t{row / kTileRows} * num_scales_ + g) * kTileRows;
+    const float *scales = x_.tile_scales + place, *scaled_sums = x_.tile_scaled_sums + place;
+    const int32_t* dots = room_.dots[block];
+    float* sums = room_.sums[block];
+    __m512 acc[kTileRows];
+    if (g == 0) {
+      own_outputs(pending_.panel, row, count, out_);
+#pragma GCC unroll 16
+      for (int m = 0; m < kTileRows; ++m) acc[m] = splat16(0.0f);
+    } else {
+#pragma GCC unroll 16
+      for (int m = 0; m < kTileRows; ++m) acc[m] = _mm512_loadu_ps(sums + m * kPanelRows);
+    }
+    const __m512 scale = load16_half(pending_.scales.scales + g * kPanelRows);
+#pragma GCC unroll 16
+    for (int m = 0; m < kTileRows; ++m) {
+      const __m512 dot = float_by_adding(_mm512_loadu_si512(dots + m * kPanelRows));
+      acc[m] = _mm512_fmadd_ps(dot, _mm512_mul_ps(splat16(scales[m]), scale), acc[m]);
+    }
+    if (HasMin) {
+      const __m512 min = load16_half(pending_.scales.mins + g * kPanelRows);
+#pragma GCC unroll 16
+      for (int m = 0; m < kTileRows; ++m) acc[m] = _mm512_fmadd_ps(splat16(scaled_sums[m]), min, acc[m]);
+    }
+    if (g + 1 == num_scales_) {
+      store_block(acc, w_, pending_.panel, row, count, out_);
+      return;
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < kTileRows; ++m) _mm512_storeu_ps(sums + m * kPanelRows, acc[m]);
   }
 
   const Matrix& w_;
-  const Values& values_;
-  const int8_t* inputs_;
-  const int num_scales_, num_blocks_;
-  int panel_, panel_end_, scales_left_, blocks_left_;
-  const int8_t *begin_, *weights_, *input_;
-  int32_t *stored_, *read_;
-  PanelFetch fetch_;
+  const Activations& x_;
+  const Output& out_;
+  Room& room_;
+  const int row_end_, num_scales_, tiles_per_scale_;
+  Pending pending_ = {0, 0, 0, 0, {nullptr, nullptr}};
 };
 
 // Panels times blocks of 16 rows from `row` to `row_end`, the last one perhaps in part. values(panel):
-// as for TileProducts; scales_of(panel): what its sums are multiplied by.
+// the panel as the tiles take it; scales_of(panel): what its sums are multiplied by.
 template <bool HasMin, int Inputs, class Values, class Scales>
 void multiply_blocks(const Matrix& w, int panel, int panel_end, const Activations& x, int row_begin,
                      int row_end, const Output& out, const Values& values, const Scales& scales_of) {
-  if (row_begin >= row_end || panel >= panel_end) return;
-  const int num_scales = w.num_scales();
+  if (row_begin >= row_end) return;
   const int num_blocks = (row_end - row_begin + kTileRows - 1) / kTileRows;
-  const int64_t first = int64_t{row_begin / kTileRows} * num_scales * kTileRows;
-  typename TileProducts<Inputs, Values>::Dots dots;
-  TileProducts<Inputs, Values> products(w, panel, panel_end, x.tile_quants + first * Inputs,
-                                        num_blocks, values, dots);
+  const int num_turns = (num_blocks + kMostBlocks - 1) / kMostBlocks;
+  typename TileProducts<HasMin, Inputs>::Room room;
+  TileProducts<HasMin, Inputs> products(w, x, row_end, out, room);
   for (; panel < panel_end; ++panel) {
-    const PanelScales data = scales_of(panel);
-    const float *scales = x.tile_scales + first, *sums = x.tile_scaled_sums + first;
-    for (int row = row_begin; row < row_end; row += kTileRows) {
-      const int count = std::min(row_end - row, kTileRows);
-      own_outputs(panel, row, count, out);
-      __m512 acc[kTileRows];
-#pragma GCC unroll 16
-      for (int m = 0; m < kTileRows; ++m) acc[m] = splat16(0.0f);
-      for (int g = 0; g < num_scales; ++g, scales += kTileRows, sums += kTileRows) {
-        add_group<HasMin>(acc, products.turn(), data, g, scales, sums);
+    const int8_t* of_panel = values(panel);
+    const PanelScales scales = scales_of(panel);
+    PanelFetch fetch(w, panel + 1, 1, int64_t{w.cols / Inputs} * num_turns);
+    for (int row = row_begin; row < row_end; row += kMostBlocks * kTileRows) {
+      switch ((row_end - row + kTileRows - 1) / kTileRows) {
+        case 1: products.template multiply<1>(panel, row, of_panel, scales, fetch); break;
+        case 2: products.template multiply<2>(panel, row, of_panel, scales, fetch); break;
+        case 3: products.template multiply<3>(panel, row, of_panel, scales, fetch); break;
+        default: products.template multiply<kMostBlocks>(panel, row, of_panel, scales, fetch); break;
       }
-      store_block(acc, w, panel, row, count, out);
     }
   }
+  products.finish();
 }
 
 // Fewer rows than this are faster without tiles.
@@ -226,9 +254,8 @@ void matmul_amx_int8(const Matrix& w, int panel_begin, int panel_end, const Acti
     return reinterpret_cast<const int8_t*>(w.panel(panel));
   };
   const int64_t values_nbytes = int64_t{w.cols} * kPanelRows;
-  const auto multiply = w.scale_group == kGroupSize
-                            ? multiply_int8<false, kGroupSize, decltype(values)>
-                            : multiply_int8<false, 2 * kGroupSize, decltype(values)>;
+  const auto multiply = tile_inputs(w) == kGroupSize ? multiply_int8<false, kGroupSize, decltype(values)>
+                                                     : multiply_int8<false, kPairSize, decltype(values)>;
   multiply(w, panel_begin, panel_end, x, row_begin, row_end, out, scratch, matmul16_int8,
            values_nbytes, values);
 }
@@ -268,7 +295,7 @@ void matmul_amx_nested4(const Matrix& w, int panel_begin, int panel_end, const A
     return static_cast<const int8_t*>(values);
   };
   const int64_t values_nbytes = int64_t{w.cols} * kPanelRows / 2;
-  multiply_int8<false, 2 * kGroupSize>(w, panel_begin, panel_end, x, row_begin, row_end, out, scratch,
+  multiply_int8<false, kPairSize>(w, panel_begin, panel_end, x, row_begin, row_end, out, scratch,
                                        matmul16_nested4, values_nbytes, unpack);
 }
 
@@ -388,30 +415,34 @@ SIMD_INLINE __m512i bf16_from_floats(__m512 first, __m512 second) {
   return (__m512i)_mm512_cvtne2ps_pbh(second, first);
 }
 
-// Where the tiles have a row's scale: (rows/16, num_scales, 16), and of as many quants likewise.
-SIMD_INLINE int64_t place_of_scale(int row, int scale, int num_scales) {
-  return (int64_t{row / kTileRows} * num_scales + scale) * kTileRows + row % kTileRows;
+// Where the tiles have what belongs to a row and its index-th inputs of `count`: (rows/16, count, 16).
+SIMD_INLINE int64_t place_of_row(int row, int index, int count) {
+  return (int64_t{row / kTileRows} * count + index) * kTileRows + row % kTileRows;
 }
 
 #if !defined(FS_EMULATE_ISA)
-// Pairs of groups. Rows that only tiles take have the others' fields not filled.
+// Rows that only tiles take have the others' fields not filled.
 template <bool IsForTilesOnly>
 void quantize_pairs_for_tiles(const float* values, const Activations& x, const Matrix& weights, int row,
                               int col_begin, int col_end) {
-  constexpr int kInputs = 2 * kGroupSize;
-  for (int col = col_begin; col < col_end; col += kInputs, values += kInputs) {
-    const Pair16 pair = quantized_pair(values, weights);
-    const int64_t place = place_of_scale(row, col / kInputs, x.cols / kInputs);
-    _mm512_storeu_si512(x.tile_quants + place * kInputs, pair.bytes());
-    x.tile_scales[place] = pair.scale;
-    if (!IsForTilesOnly) put_pair(pair, x, weights.dtype == kNested4, row, col);
-  }
+  with_pairs_of(weights, [&](auto pairs) __attribute__((always_inline)) {
+    constexpr int kPairs = decltype(pairs)::value, kInputs = kPairs * kPairSize;
+    for (int col = col_begin; col < col_end; col += kInputs, values += kInputs) {
+      const Quants16<kPairs> quants = quantized16<kPairs>(values, weights);
+      for (int pair = 0; pair < kPairs; ++pair) {
+        const int64_t place = place_of_row(row, col / kPairSize + pair, x.cols / kPairSize);
+        _mm512_storeu_si512(x.tile_quants + place * kPairSize, quants.bytes(pair));
+      }
+      x.tile_scales[place_of_row(row, col / kInputs, x.cols / kInputs)] = quants.scale;
+      if (!IsForTilesOnly) put_quants(quants, x, weights.dtype == kNested4, row, col);
+    }
+  });
 }
 #endif
 
 void quantize_for_tiles(const float* values, const Activations& x, const Matrix& weights, int row,
                         int col_begin, int col_end) {
-  const int group = weights.scale_group, num_scales = x.cols / group;
+  const int group = weights.scale_group;
 #if !defined(FS_EMULATE_ISA)
   if (group != kGroupSize) {
     const bool is_in_whole_block = row < x.num_rows / kTileRows * kTileRows;
@@ -421,13 +452,16 @@ void quantize_for_tiles(const float* values, const Activations& x, const Matrix&
   }
 #endif
   quantize16(values, x, weights, row, col_begin, col_end);
-  const int64_t first = int64_t{row} * num_scales;
+  const int tile = tile_inputs(weights), num_scales = x.cols / group;
+  for (int col = col_begin; col < col_end; col += tile) {
+    const int64_t place = place_of_row(row, col / tile, x.cols / tile);
+    std::memcpy(x.tile_quants + place * tile, x.quants + int64_t{row} * x.cols + col,
+                static_cast<size_t>(tile));
+  }
   for (int g = col_begin / group; g < col_end / group; ++g) {
-    const int64_t place = place_of_scale(row, g, num_scales);
-    std::memcpy(x.tile_quants + place * group, x.quants + (first + g) * group,
-                static_cast<size_t>(group));
-    x.tile_scales[place] = x.scales[first + g];
-    if (weights.has_min) x.tile_scaled_sums[place] = x.scaled_sums[first + g];
+    const int64_t place = place_of_row(row, g, num_scales), index = int64_t{row} * num_scales + g;
+    x.tile_scales[place] = x.scales[index];
+    if (weights.has_min) x.tile_scaled_sums[place] = x.scaled_sums[index];
   }
 }
 

@@ -139,13 +139,12 @@ struct Tile16Bf16Dot {
 #endif
 
 // vpdpbusd multiplies unsigned by signed bytes: weights go in as w + 128, and the sum starts at -128
-// times the sum of the inputs (Activations::offsets). One or two groups share a scale. With `Signed`
-// the weights lie there as w.
-template <int Groups, bool Signed, int Rows, int Panels>
+// times the sum of the inputs (Activations::offsets). With `Signed` the weights lie there as w.
+template <bool Signed, int Rows, int Panels>
 SIMD_INLINE void multiply_bytes(Tile16<Rows, Panels>& acc, TilePanels<Panels> values,
                                 TilePanels<Panels> scales, const Matrix& w, const Activations& x,
                                 int row, PanelFetch& fetch) {
-  const int num_scales = w.num_scales();
+  const int num_scales = w.num_scales(), groups_per_scale = w.scale_group / kGroupSize;
   const int64_t first = int64_t{row} * num_scales;
   TileRows quants(x.quants + int64_t{row} * w.cols, w.cols);
   TileRows input_scales(x.scales + first, num_scales), offsets(x.offsets + first, num_scales);
@@ -155,7 +154,7 @@ SIMD_INLINE void multiply_bytes(Tile16<Rows, Panels>& acc, TilePanels<Panels> va
     unrolled<Rows>([&](auto m) __attribute__((always_inline)) {
       for (int p = 0; p < Panels; ++p) dot[p][m.value] = splat_int<m.value>(offsets);
     });
-    for (int i = 0; i < Groups; ++i, values.advance(512), quants.advance(kGroupSize)) {
+    for (int i = 0; i < groups_per_scale; ++i, values.advance(512), quants.advance(kGroupSize)) {
       fetch.advance();
       unrolled<8>([&](auto quad) __attribute__((always_inline)) {
         __m512i weights[Panels];
@@ -169,19 +168,14 @@ SIMD_INLINE void multiply_bytes(Tile16<Rows, Panels>& acc, TilePanels<Panels> va
   }
 }
 
-template <int Groups, int Rows, int Panels>
-struct Tile16Int8Groups {
+template <int Rows, int Panels>
+struct Tile16Int8 {
   static SIMD_INLINE void run(Tile16<Rows, Panels>& acc, const Matrix& w, int panel,
                               const Activations& x, int row, PanelFetch& fetch) {
     const TilePanels<Panels> values(w, panel, 0), scales(w, panel, w.cols * kPanelRows);
-    multiply_bytes<Groups, true>(acc, values, scales, w, x, row, fetch);
+    multiply_bytes<true>(acc, values, scales, w, x, row, fetch);
   }
 };
-
-template <int Rows, int Panels>
-using Tile16Int8 = Tile16Int8Groups<1, Rows, Panels>;
-template <int Rows, int Panels>
-using Tile16Int8Pairs = Tile16Int8Groups<2, Rows, Panels>;
 
 SIMD_INLINE __m512i low_nibbles(__m512i packed) {
   return _mm512_and_si512(packed, _mm512_set1_epi8(15));
@@ -294,12 +288,7 @@ void matmul16(const Matrix& w, int panel_begin, int panel_end, const Activations
 
 constexpr MatmulKernel matmul16_fp32 = matmul16<Tile16Fp32>;
 
-void matmul16_int8(const Matrix& w, int panel_begin, int panel_end, const Activations& x,
-                   int row_begin, int row_end, const Output& out, void* scratch) {
-  const MatmulKernel kernel =
-      w.scale_group == kGroupSize ? matmul16<Tile16Int8> : matmul16<Tile16Int8Pairs>;
-  kernel(w, panel_begin, panel_end, x, row_begin, row_end, out, scratch);
-}
+constexpr MatmulKernel matmul16_int8 = matmul16<Tile16Int8>;
 
 void matmul16_bf16(const Matrix& w, int panel_begin, int panel_end, const Activations& x,
                    int row_begin, int row_end, const Output& out, void* scratch) {

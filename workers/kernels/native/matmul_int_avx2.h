@@ -14,13 +14,10 @@ SIMD_INLINE F8 load_half(const uint16_t* halves) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves)));
 }
 
-// What shares a scale in a panel: weights and what their dot products are scaled with.
+// Weights of a panel that share a scale, with inputs that do, and what their dot products are scaled with.
 struct Group {
   const uint8_t* weights;
   F8 scales[2], mins[2];
-  // nested4: of outputs 0-7 and 8-15, what a nibble of 0 stands for in each of both groups, side by
-  // side; of each group, its factors twice in each lane.
-  __m256i zeros[2], factors[2][2];
 };
 
 // An unpacked group of int8.
@@ -37,12 +34,12 @@ struct alignas(64) NibbleGroup {
 };
 
 // A type of weights as it is packed (Packed..., Rotated) or unpacked (Split, Nibbles): `dots` gives the
-// exact dot products of group `g` and `Rows` rows. `index` is the place of the first row's group among
-// all rows' groups.
+// exact dot products of group `g` and `Rows` rows, of inputs() each. `index` is the place of the first row's
+// group among all rows' groups.
 
 struct PackedInt8 {
   static constexpr bool kHasMin = false;
-  static constexpr int kInputs = kGroupSize;
+  static constexpr int inputs() { return kGroupSize; }
   const uint8_t* panel;
   const uint16_t* scales;
 
@@ -51,35 +48,40 @@ struct PackedInt8 {
         scales(reinterpret_cast<const uint16_t*>(panel + w.cols * kPanelRows)) {}
   SIMD_INLINE Group group(int g) const {
     const uint16_t* first = scales + g * kPanelRows;
-    return {panel + g * 512, {load_half(first), load_half(first + 8)}, {}, {}, {}};
+    return {panel + g * 512, {load_half(first), load_half(first + 8)}, {}};
   }
   template <int Rows>
   SIMD_INLINE void dots(__m256i (&dot)[Rows][2], const Group& group, int, const Activations& x,
-                        int64_t index) const {
+                        int64_t index, PanelFetch& fetch) const {
+    fetch.advance();
     for (int m = 0; m < Rows; ++m) dot[m][0] = dot[m][1] = _mm256_setzero_si256();
     dot_int8<Rows>(dot, group.weights, x.quants + index * kGroupSize, x.cols);
   }
 };
 
-// Rotated weights, whose inputs are at most 64: however many rows, the panel as it is packed. One or
-// two groups share a scale, and count as one.
+// Rotated weights, whose inputs' pairs are limited: however many rows, the panel as it is packed. Inputs
+// share a scale in ones or twos of groups, weights in as many or more.
 template <int Groups>
 struct RotatedInt8 : PackedInt8 {
-  static constexpr int kInputs = Groups * kGroupSize;
-  using PackedInt8::PackedInt8;
+  static constexpr int inputs() { return Groups * kGroupSize; }
+  const int per_scale;
+
+  RotatedInt8(const Matrix& w, const uint8_t* panel)
+      : PackedInt8(w, panel), per_scale(w.scale_group / inputs()) {}
   SIMD_INLINE Group group(int g) const {
-    Group group = PackedInt8::group(g);
+    Group group = PackedInt8::group(g / per_scale);
     group.weights = panel + g * Groups * 512;
     return group;
   }
   template <int Rows>
   SIMD_INLINE void dots(__m256i (&dot)[Rows][2], const Group& group, int, const Activations& x,
-                        int64_t index) const {
+                        int64_t index, PanelFetch& fetch) const {
+    fetch.advance();
     for (int m = 0; m < Rows; ++m) {
-      dot[m][0] = dot[m][1] = _mm256_set1_epi32(x.offsets[index + m * (x.cols / kInputs)]);
+      dot[m][0] = dot[m][1] = _mm256_set1_epi32(x.offsets[index + m * (x.cols / inputs())]);
     }
     for (int i = 0; i < Groups; ++i) {
-      const int8_t* quants = x.quants + index * kInputs + i * kGroupSize;
+      const int8_t* quants = x.quants + index * inputs() + i * kGroupSize;
       dot_offset_int8<Rows>(dot, group.weights + i * 512, quants, x.cols);
     }
   }
@@ -87,16 +89,18 @@ struct RotatedInt8 : PackedInt8 {
 
 struct SplitInt8 {
   static constexpr bool kHasMin = false;
-  static constexpr int kInputs = kGroupSize;
+  static constexpr int inputs() { return kGroupSize; }
   const SplitGroup* groups;
+  int per_scale;  // 1
 
   SIMD_INLINE Group group(int g) const {
     const SplitGroup& group = groups[g];
-    return {group.magnitudes, {load(group.scales), load(group.scales + 8)}, {}, {}, {}};
+    return {group.magnitudes, {load(group.scales), load(group.scales + 8)}, {}};
   }
   template <int Rows>
   SIMD_INLINE void dots(__m256i (&dot)[Rows][2], const Group& group, int g, const Activations& x,
-                        int64_t index) const {
+                        int64_t index, PanelFetch& fetch) const {
+    fetch.advance();
     const __m256i* negatives = reinterpret_cast<const __m256i*>(groups[g].negatives);
     for (int m = 0; m < Rows; ++m) {
       for (int half = 0; half < 2; ++half) dot[m][half] = _mm256_load_si256(negatives + half);
@@ -124,7 +128,7 @@ SIMD_INLINE void widen_nibbles(__m256i (&dot)[Rows][2], const Activations& x, in
 template <bool HasMin>
 struct PackedInt4 {
   static constexpr bool kHasMin = HasMin;
-  static constexpr int kInputs = kGroupSize;
+  static constexpr int inputs() { return kGroupSize; }
   const uint8_t* panel;
   const uint16_t *scales, *mins;
 
@@ -134,13 +138,14 @@ struct PackedInt4 {
         mins(scales + w.num_groups() * kPanelRows) {}
   SIMD_INLINE Group group(int g) const {
     const uint16_t *scale = scales + g * kPanelRows, *min = mins + g * kPanelRows;
-    Group group{panel + g * 256, {load_half(scale), load_half(scale + 8)}, {}, {}, {}};
+    Group group{panel + g * 256, {load_half(scale), load_half(scale + 8)}, {}};
     if (HasMin) group.mins[0] = load_half(min), group.mins[1] = load_half(min + 8);
     return group;
   }
   template <int Rows>
   SIMD_INLINE void dots(__m256i (&dot)[Rows][2], const Group& group, int, const Activations& x,
-                        int64_t index) const {
+                        int64_t index, PanelFetch& fetch) const {
+    fetch.advance();
     dot_int4<Rows>(dot, group.weights, x.quants + index * kGroupSize, x.cols);
     widen_nibbles<HasMin>(dot, x, index);
   }
@@ -149,18 +154,20 @@ struct PackedInt4 {
 template <bool HasMin>
 struct Nibbles {
   static constexpr bool kHasMin = HasMin;
-  static constexpr int kInputs = kGroupSize;
+  static constexpr int inputs() { return kGroupSize; }
   const NibbleGroup* groups;
+  int per_scale;  // 1
 
   SIMD_INLINE Group group(int g) const {
     const NibbleGroup& group = groups[g];
     return {group.quants,
             {load(group.scales), load(group.scales + 8)},
-            {load(group.mins), load(group.mins + 8)}, {}, {}};
+            {load(group.mins), load(group.mins + 8)}};
   }
   template <int Rows>
   SIMD_INLINE void dots(__m256i (&dot)[Rows][2], const Group& group, int, const Activations& x,
-                        int64_t index) const {
+                        int64_t index, PanelFetch& fetch) const {
+    fetch.advance();
     dot_nibbles<Rows>(dot, group.weights, x.quants + index * kGroupSize, x.cols);
     widen_nibbles<HasMin>(dot, x, index);
   }
@@ -172,13 +179,12 @@ template <int Rows, class Weights>
 SIMD_INLINE void add_groups(float* sums, const Weights& weights, int count, int first_group,
                             const Activations& inputs, int row, PanelFetch& fetch) {
   const Activations x = inputs;  // a copy stays in registers over the stores
-  const int64_t num_groups = x.cols / Weights::kInputs;
+  const int64_t num_groups = x.cols / weights.inputs();
   const int64_t first = row * num_groups + first_group;
   for (int g = 0; g < count; ++g) {
-    fetch.advance();
     const Group group = weights.group(g);
     __m256i dot[Rows][2];
-    weights.template dots<Rows>(dot, group, g, x, first + g);
+    weights.template dots<Rows>(dot, group, g, x, first + g, fetch);
 #pragma GCC unroll 4
     for (int m = 0; m < Rows; ++m) {
       const int64_t index = first + m * num_groups + g;
@@ -219,8 +225,10 @@ SIMD_INLINE void store_rows(const float* sums, const Matrix& w, int panel, int r
   }
 }
 
+// It goes on with each group or, where several share a scale, each pair of them.
 SIMD_INLINE PanelFetch fetch_next(const Matrix& w, int panel, int num_rows) {
-  return PanelFetch(w, panel + 1, 1, int64_t{(num_rows + 3) / 4} * w.num_scales());
+  const int num_steps = w.cols / std::min(w.scale_group, kPairSize);
+  return PanelFetch(w, panel + 1, 1, int64_t{(num_rows + 3) / 4} * num_steps);
 }
 
 // A panel as it is packed; `scratch` holds the sums.
@@ -231,25 +239,26 @@ SIMD_INLINE void multiply_packed(const Weights& weights, const Matrix& w, int pa
   float* sums = static_cast<float*>(scratch);
   std::memset(sums, 0, static_cast<size_t>(row_end - row_begin) * kPanelRows * sizeof(float));
   PanelFetch fetch = fetch_next(w, panel, row_end - row_begin);
-  add_groups(sums, weights, w.num_scales(), 0, x, row_begin, row_end, fetch);
+  add_groups(sums, weights, w.cols / weights.inputs(), 0, x, row_begin, row_end, fetch);
   store_rows(sums, w, panel, row_begin, row_end, out);
 }
 
-// Many rows. `unpack(chunk, g)` unpacks group g into the chunk's next place.
+// Many rows. What shares a scale is unpacked into `per_scale` places of a chunk: unpack(place, i) fills one
+// with the i-th of the row.
 template <class Weights, class Unpacked, class Unpack>
 SIMD_INLINE void multiply_unpacked(const Matrix& w, int panel, const Activations& x,
                                    int row_begin, int row_end, const Output& out, void* scratch,
-                                   const Unpack& unpack) {
+                                   const Unpack& unpack, int per_scale = 1) {
   // With the inputs of four rows, about what the first-level cache holds.
-  constexpr int kChunk = 24 * 1024 / static_cast<int>(sizeof(Unpacked));
+  const int num_scales_at_once = 24 * 1024 / static_cast<int>(sizeof(Unpacked)) / per_scale;
   float* sums = static_cast<float*>(scratch);
   Unpacked* chunk = reinterpret_cast<Unpacked*>(sums + kMaxMatmulRows * kPanelRows);
   PanelFetch fetch = fetch_next(w, panel, row_end - row_begin);
   std::memset(sums, 0, static_cast<size_t>(row_end - row_begin) * kPanelRows * sizeof(float));
-  for (int first = 0; first < w.num_scales(); first += kChunk) {
-    const int count = w.num_scales() - first < kChunk ? w.num_scales() - first : kChunk;
-    for (int g = 0; g < count; ++g) unpack(chunk[g], first + g);
-    add_groups(sums, Weights{chunk}, count, first, x, row_begin, row_end, fetch);
+  for (int first = 0; first < w.num_scales(); first += num_scales_at_once) {
+    const int count = std::min(w.num_scales() - first, num_scales_at_once);
+    for (int i = 0; i < count * per_scale; ++i) unpack(chunk[i], first * per_scale + i);
+    add_groups(sums, Weights{chunk, per_scale}, count, first, x, row_begin, row_end, fetch);
   }
   store_rows(sums, w, panel, row_begin, row_end, out);
 }

@@ -2,7 +2,7 @@
 // four registers.
 //
 // Order of sums: as in every family, an output is one lane; fp32 and bf16 take inputs from left to
-// right, each one FMA; int8 and int4 take groups of 32 from left to right, the sum inside a group
+// right, each one FMA; int8 and int4 take what shares a scale from left to right, the sum inside
 // being exact in integers (sdot): acc = fma(dot, input scale * weight scale, acc), then
 // fma(scaled sum, min, acc).
 // Included inside the family's namespace, after simd_neon.h.
@@ -166,14 +166,15 @@ struct NeonNested4 {
     const uint8_t* nibbles = parts.nibbles;
     for (int g = 0; g < num_scales; ++g) {
       int32x4_t dots[Rows][kQuarters] = {};
-      const uint8x16_t both = vld1q_u8(parts.factors + g * kPanelRows);
-      const uint8x16_t factors[2] = {vandq_u8(both, vdupq_n_u8(15)), vshrq_n_u8(both, 4)};
-      const int8x16x2_t shifts = vld2q_s8(parts.shifts + g * kPanelRows * 2);
-      for (int group = 0; group < 2; ++group, quants += kGroupSize, nibbles += 256) {
+      for (int group = 0; group < w.scale_group / kGroupSize; ++group, quants += kGroupSize, nibbles += 256) {
+        const int pair = g * w.scale_group / kPairSize + group / 2;
+        const uint8x16_t both = vld1q_u8(parts.factors + pair * kPanelRows);
+        const uint8x16_t of_group = group % 2 == 0 ? vandq_u8(both, vdupq_n_u8(15)) : vshrq_n_u8(both, 4);
+        const int8x16x2_t shifts = vld2q_s8(parts.shifts + pair * kPanelRows * 2);
         for (int i = 0; i < kQuarters; ++i) {
           const uint8x16_t outputs = vaddq_u8(quarter_lanes(), vdupq_n_u8(static_cast<uint8_t>(4 * i)));
-          const int8x16_t factor = vreinterpretq_s8_u8(vqtbl1q_u8(factors[group], outputs));
-          const int8x16_t shift = vqtbl1q_s8(shifts.val[group], outputs);
+          const int8x16_t factor = vreinterpretq_s8_u8(vqtbl1q_u8(of_group, outputs));
+          const int8x16_t shift = vqtbl1q_s8(shifts.val[group % 2], outputs);
           const int8x16_t start = vmlsq_s8(shift, factor, vdupq_n_s8(8));
           for (int quad = 0; quad < 4; ++quad) {
             const uint8x16_t packed = vld1q_u8(nibbles + quad * 64 + i * 16);

@@ -4,7 +4,7 @@
 // From so many rows on, unpacking a panel pays.
 constexpr int kManyNestedRows = 12;
 
-// What belongs to two groups of nested4 that share a scale, an output in each 32-bit lane.
+// What belongs to a pair of groups of nested4, an output in each 32-bit lane.
 struct NestedWords {
   __m512i shifts;   // two words: the first group's, the second's
   __m512i factors;  // two nibbles likewise
@@ -48,8 +48,8 @@ struct NestedBytes {
 SIMD_INLINE void unpack_nested(uint8_t* values, const Matrix& w, int panel, int offset) {
   const NestedPanel parts(w, w.panel(panel));
   const uint8_t* nibbles = parts.nibbles;
-  for (int g = 0; g < w.num_scales(); ++g) {
-    const NestedWords words(parts, g);
+  for (int pair = 0; pair < w.cols / kPairSize; ++pair) {
+    const NestedWords words(parts, pair);
     for (int i = 0; i < 2; ++i, values += 512, nibbles += 256) {
       const NestedBytes bytes(words, i, offset);
       for (int quad = 0; quad < 4; ++quad) {
@@ -61,8 +61,8 @@ SIMD_INLINE void unpack_nested(uint8_t* values, const Matrix& w, int panel, int 
   }
 }
 
-// Few rows: nibbles are multiplied as they are, as int4's are, and both groups' sums of products,
-// which 16 bits hold, by their factors:
+// Few rows: nibbles are multiplied as they are, as int4's are, and each group's sums of products,
+// which 16 bits hold, by its factors:
 //     x . (factor (q - 8) + shift) = factor (x . (q - 8)) + shift (sum of x)
 template <int Rows, int Panels>
 struct Tile16Nested4 {
@@ -70,37 +70,39 @@ struct Tile16Nested4 {
                               const Activations& x, int row, PanelFetch& fetch) {
     static_assert(Panels == 1);
     const NestedPanel parts(w, w.panel(panel));
-    const int num_scales = w.num_scales();
-    const int64_t first = int64_t{row} * num_scales;
+    const int num_scales = w.num_scales(), pairs_per_scale = w.scale_group / kPairSize;
+    const int num_pairs = w.cols / kPairSize;
     const uint8_t* nibbles = parts.nibbles;
     TileRows quants(x.quants + int64_t{row} * w.cols, w.cols);
-    TileRows input_scales(x.scales + first, num_scales), word_sums(x.word_sums + first, num_scales);
-    TileRows offsets(x.group_offsets + 2 * first, 2 * num_scales);
+    TileRows input_scales(x.scales + int64_t{row} * num_scales, num_scales);
+    TileRows word_sums(x.word_sums + int64_t{row} * num_pairs, num_pairs);
+    TileRows offsets(x.group_offsets + int64_t{row} * 2 * num_pairs, 2 * num_pairs);
     for (int g = 0; g < num_scales; ++g) {
-      const NestedWords words(parts, g);
-      __m512i sums[Rows];
-      unrolled<Rows>([&](auto m) __attribute__((always_inline)) {
-        sums[m.value] = _mm512_setzero_si512();
-        dot_words<m.value>(sums[m.value], words.shifts, word_sums);
-      });
-      for (int i = 0; i < 2; ++i, nibbles += 256) {
-        fetch.advance();
-        __m512i dot[1][Rows];
+      __m512i sums[Rows] = {};
+      for (int pair = 0; pair < pairs_per_scale; ++pair, word_sums.advance(4)) {
+        const NestedWords words(parts, g * pairs_per_scale + pair);
         unrolled<Rows>([&](auto m) __attribute__((always_inline)) {
-          dot[0][m.value] = splat_int<m.value>(offsets);
+          dot_words<m.value>(sums[m.value], words.shifts, word_sums);
         });
-        unrolled<4>([&](auto quad) __attribute__((always_inline)) {
-          const __m512i packed = load_quad(nibbles + quad.value * 64);
-          const __m512i low[1] = {low_nibbles(packed)}, high[1] = {high_nibbles(packed)};
-          add_tile_products<quad.value * 4>(dot, low, quants);
-          add_tile_products<quad.value * 4 + 16>(dot, high, quants);
-        });
-        const __m512i factors = words.factors_of(i);
-        for (int m = 0; m < Rows; ++m) sums[m] = _mm512_dpwssd_epi32(sums[m], dot[0][m], factors);
-        quants.advance(kGroupSize), offsets.advance(4);
+        for (int i = 0; i < 2; ++i, nibbles += 256) {
+          fetch.advance();
+          __m512i dot[1][Rows];
+          unrolled<Rows>([&](auto m) __attribute__((always_inline)) {
+            dot[0][m.value] = splat_int<m.value>(offsets);
+          });
+          unrolled<4>([&](auto quad) __attribute__((always_inline)) {
+            const __m512i packed = load_quad(nibbles + quad.value * 64);
+            const __m512i low[1] = {low_nibbles(packed)}, high[1] = {high_nibbles(packed)};
+            add_tile_products<quad.value * 4>(dot, low, quants);
+            add_tile_products<quad.value * 4 + 16>(dot, high, quants);
+          });
+          const __m512i factors = words.factors_of(i);
+          for (int m = 0; m < Rows; ++m) sums[m] = _mm512_dpwssd_epi32(sums[m], dot[0][m], factors);
+          quants.advance(kGroupSize), offsets.advance(4);
+        }
       }
       add_scaled(acc[0], sums, load16_half(parts.scales + g * kPanelRows), input_scales);
-      input_scales.advance(4), word_sums.advance(4);
+      input_scales.advance(4);
     }
   }
 };
@@ -116,7 +118,7 @@ SIMD_INLINE void run_unpacked16(const Matrix& w, int panel, const Activations& x
   for_tiles(row, row_end, [&](int first, auto rows) __attribute__((always_inline)) {
     run_tile16<decltype(rows)::value, Panels>(
         w, panel, first, out, [&](auto& acc) __attribute__((always_inline)) {
-          multiply_bytes<2, false>(acc, values, scales, w, x, first, fetch);
+          multiply_bytes<false>(acc, values, scales, w, x, first, fetch);
         });
   });
 }

@@ -41,8 +41,12 @@ void rotate_back(float* row, int cols) {
 
 // See workers/artifact/sizes.py.
 int scale_group_of(const FsTensor& tensor) {
-  const bool has_pairs = tensor.dtype == kInt8 && tensor.rotated && tensor.cols % (2 * kGroupSize) == 0;
-  return has_pairs || tensor.dtype == kNested4 ? 2 * kGroupSize : kGroupSize;
+  if (tensor.dtype == kNested4 || (tensor.dtype == kInt8 && tensor.rotated)) {
+    for (const int size : {kMaxScaleGroup, 2 * kPairSize, kPairSize}) {
+      if (tensor.cols % size == 0) return size;
+    }
+  }
+  return kGroupSize;
 }
 
 size_t panel_bytes(const FsTensor& tensor) {
@@ -52,7 +56,8 @@ size_t panel_bytes(const FsTensor& tensor) {
     case kFp32: return cols * kPanelRows * 4;
     case kBf16: return cols * kPanelRows * 2;
     case kInt8: return cols * kPanelRows + num_scales * kPanelRows * 2;
-    case kNested4: return cols * kPanelRows / 2 + num_scales * kPanelRows * 5;
+    case kNested4:
+      return cols * kPanelRows / 2 + num_scales * kPanelRows * 2 + cols / kPairSize * kPanelRows * 3;
     default: return cols * kPanelRows / 2 + num_scales * kPanelRows * (tensor.has_min ? 4 : 2);
   }
 }
@@ -62,7 +67,8 @@ size_t panel_bytes(const FsTensor& tensor) {
 Matrix matrix_from(const FsTensor& tensor, const char* name, int rows, int cols) {
   check_shape(tensor, name, rows, cols);
   if (tensor.dtype < kFp32 || tensor.dtype > kNested4) throw wrong(name, "has an unknown dtype");
-  const int multiple = tensor.dtype == kFp32 ? 1 : tensor.dtype == kBf16 ? 2 : scale_group_of(tensor);
+  const int multiples[] = {1, 2, kGroupSize, kGroupSize, kPairSize};  // by FsDtype
+  const int multiple = multiples[tensor.dtype];
   if (cols % multiple != 0) {
     throw wrong(name, "has " + std::to_string(cols) + " columns, not a multiple of " +
                           std::to_string(multiple));
@@ -160,7 +166,8 @@ void unpack_row(const Matrix& matrix, int row, float* out) noexcept {
       const NestedPanel parts(matrix, panel);
       for (int g = 0; g < groups; ++g) {
         const int pair = g / 2 * kPanelRows + lane;
-        const float scale = float_from_half(parts.scales[pair]);
+        const int index = g * kGroupSize / matrix.scale_group;
+        const float scale = float_from_half(parts.scales[index * kPanelRows + lane]);
         const int factor = g % 2 == 0 ? parts.factors[pair] & 15 : parts.factors[pair] >> 4;
         for (int i = 0; i < kGroupSize; ++i) {
           const uint8_t byte = parts.nibbles[g * 256 + i % 16 / 4 * 64 + lane * 4 + i % 4];

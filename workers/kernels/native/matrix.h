@@ -18,7 +18,7 @@ struct Matrix {
   bool is_rotated = false;  // groups of 32 went through a Walsh-Hadamard transform; so must inputs
   int rows = 0, cols = 0;
   int num_panels = 0;
-  int scale_group = kGroupSize;  // inputs that share a scale: one group, or two neighbouring ones
+  int scale_group = kGroupSize;  // weights of a row that share a scale: one group, or 2, 4 or 6
   size_t panel_stride = 0;  // bytes from one panel to the next
 
   const uint8_t* panel(int index) const { return data + panel_stride * static_cast<size_t>(index); }
@@ -27,25 +27,26 @@ struct Matrix {
   bool rounds_inputs() const { return dtype != kFp32; }
   int num_groups() const { return cols / kGroupSize; }
   int num_scales() const { return cols / scale_group; }
-  // What the largest input of a group becomes when inputs are quantised for this matrix. Rotated
-  // inputs have no outliers and so lose little with half the levels; a pair of products with
-  // weights + 128 is then at most 2 * 255 * 64, which 16 bits hold.
-  int input_levels() const { return is_rotated && dtype == kInt8 ? 64 : 127; }
 };
+
+// Two groups of 32, side by side: what the AMX family multiplies at a time, and what kNested4 has
+// factors and shifts of in one place.
+constexpr int kPairSize = 2 * kGroupSize;
+constexpr int kMaxScaleGroup = 3 * kPairSize;
 
 // The parts of a panel of kNested4: w = scale * (factor * (nibble - 8) + shift), and what is in
 // parentheses an int8.
 struct NestedPanel {
   const uint8_t* nibbles;   // (cols/32, 4, 16, 4)
-  const uint16_t* scales;   // (cols/64, 16)
-  const int8_t* shifts;     // (cols/64, 16, 2): of both groups that share a scale
+  const uint16_t* scales;   // (num_scales, 16)
+  const int8_t* shifts;     // (cols/64, 16, 2): of both groups of a pair
   const uint8_t* factors;   // (cols/64, 16): of the first group in the low half, 1 to 15
 
   NestedPanel(const Matrix& w, const uint8_t* panel)
       : nibbles(panel),
         scales(reinterpret_cast<const uint16_t*>(nibbles + w.cols * kPanelRows / 2)),
         shifts(reinterpret_cast<const int8_t*>(scales + w.num_scales() * kPanelRows)),
-        factors(reinterpret_cast<const uint8_t*>(shifts + w.num_scales() * kPanelRows * 2)) {}
+        factors(reinterpret_cast<const uint8_t*>(shifts + w.cols / kPairSize * kPanelRows * 2)) {}
 };
 
 // Checks the tensor against its shape. Throws Failure(kInvalidArtifact) that names `name`.

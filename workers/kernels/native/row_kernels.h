@@ -124,49 +124,64 @@ constexpr int32_t two_words(int32_t low, int32_t high) {
   return static_cast<int32_t>((static_cast<uint32_t>(low) & 0xffffu) | static_cast<uint32_t>(high) << 16);
 }
 
-// Groups that share a scale: one or two.
-template <int Groups>
+// Whether products of these weights are added up in 16 bits, two at a time, as the AVX2 family does with
+// (w + 128) x: then the largest pair of inputs becomes 127, not the largest input. Rounded, a pair is
+// at most 128 in size, and 255 * 128 fits.
+SIMD_INLINE bool limits_pairs(const Matrix& weights) {
+  return kAddsPairsInWords && weights.dtype == kInt8 && weights.is_rotated;
+}
+
+// How many inputs share a scale: as many as weights do, but no more than a pair of groups where their
+// pairs are limited, which costs precision.
+SIMD_INLINE int input_group(const Matrix& weights) {
+  return limits_pairs(weights) ? std::min(weights.scale_group, kPairSize) : weights.scale_group;
+}
+
+constexpr float kInputLevels = 127.0f;
+
 SIMD_INLINE void quantize_groups(const float* from, const Activations& x, const Matrix& weights,
                                  int row, int col_begin, int col_end) {
-  constexpr int kInputs = Groups * kGroupSize;
-  const int64_t first = static_cast<int64_t>(row) * (x.cols / kInputs);
-  const float levels = static_cast<float>(weights.input_levels());
-  const float factor = weights.is_rotated ? 0.125f : 1.0f;  // a power of two: exact
+  const int size = input_group(weights), num_parts = size / kGroupSize;
+  const bool is_rotated = weights.is_rotated, has_limited_pairs = limits_pairs(weights);
+  const float factor = is_rotated ? 0.125f : 1.0f;  // a power of two: exact
+  const int64_t first = static_cast<int64_t>(row) * x.cols;
   // Nothing here overlaps; told so, the compiler keeps the addresses in registers.
-  int8_t* __restrict quants = x.quants + static_cast<int64_t>(row) * x.cols;
-  float *__restrict scales = x.scales + first, *__restrict scaled = x.scaled_sums + first;
-  int32_t *__restrict offsets = x.offsets + first, *__restrict word_sums = x.word_sums + first;
-  int32_t *__restrict group_offsets = x.group_offsets + first * Groups;
-  const bool is_rotated = weights.is_rotated;
-  for (int col = col_begin; col < col_end; col += kInputs) {
-    F8 groups[Groups][4], highest = splat(0.0f);
-    for (F8(&group)[4] : groups) {
+  int8_t* __restrict quants = x.quants + first;
+  float *__restrict scales = x.scales + first / size, *__restrict scaled = x.scaled_sums + first / size;
+  int32_t *__restrict offsets = x.offsets + first / size;
+  int32_t *__restrict word_sums = x.word_sums + first / kPairSize;
+  int32_t *__restrict group_offsets = x.group_offsets + first / kGroupSize;
+  for (int col = col_begin; col < col_end; col += size) {
+    F8 groups[kMaxScaleGroup / kGroupSize][4], highest = splat(0.0f);
+    for (int part = 0; part < num_parts; ++part, from += kGroupSize) {
+      F8(&group)[4] = groups[part];
       for (int i = 0; i < 4; ++i) group[i] = load(from + 8 * i);
-      from += kGroupSize;
       if (is_rotated) rotate_group(group);
-      highest = max(highest, max(max(abs(group[0]), abs(group[1])), max(abs(group[2]), abs(group[3]))));
-    }
-    const float largest = max_lane(highest);
-    float scale = largest / levels;
-    int32_t sums[Groups] = {};
-    if (scale < kLeastScale) {
-      scale = 0.0f;
-      std::memset(quants + col, 0, kInputs);
-    } else {
-      for (int i = 0; i < Groups; ++i) {
-        sums[i] = quantize_group(quants + col + i * kGroupSize, groups[i], levels / largest);
+      for (int i = 0; i < 4; ++i) {
+        const F8 size_of = abs(group[i]);
+        highest = max(highest, has_limited_pairs ? add(size_of, swap_ones(size_of)) : size_of);
       }
     }
-    const int index = col / kInputs;
-    int32_t total = 0;
-    for (int i = 0; i < Groups; ++i) {
-      total += sums[i];
-      group_offsets[index * Groups + i] = -8 * sums[i];
+    const float largest = max_lane(highest);
+    float scale = largest / kInputLevels;
+    int32_t sums[kMaxScaleGroup / kGroupSize] = {}, total = 0;
+    if (scale < kLeastScale) {
+      scale = 0.0f;
+      std::memset(quants + col, 0, static_cast<size_t>(size));
+    } else {
+      for (int part = 0; part < num_parts; ++part) {
+        sums[part] = quantize_group(quants + col + part * kGroupSize, groups[part], kInputLevels / largest);
+        total += sums[part];
+      }
+    }
+    const int index = col / size, group = col / kGroupSize;
+    for (int part = 0; part < num_parts; ++part) group_offsets[group + part] = -8 * sums[part];
+    for (int part = 0; part + 1 < num_parts; part += 2) {
+      word_sums[(group + part) / 2] = two_words(sums[part], sums[part + 1]);
     }
     scales[index] = scale * factor;
     scaled[index] = scale * factor * static_cast<float>(total);
     offsets[index] = -128 * total;
-    if constexpr (Groups == 2) word_sums[index] = two_words(sums[0], sums[1]);
   }
 }
 
@@ -175,10 +190,8 @@ void quantize(const float* values, const Activations& x, const Matrix& weights, 
   if (weights.dtype == kBf16) {
     const int64_t first = static_cast<int64_t>(row) * x.cols + col_begin;
     round_to_bf16(x.halves + first, x.values + first, values, col_end - col_begin);
-  } else if (weights.scale_group == kGroupSize) {
-    quantize_groups<1>(values, x, weights, row, col_begin, col_end);
   } else {
-    quantize_groups<2>(values, x, weights, row, col_begin, col_end);
+    quantize_groups(values, x, weights, row, col_begin, col_end);
   }
 }
 

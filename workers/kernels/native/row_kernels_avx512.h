@@ -48,38 +48,59 @@ SIMD_INLINE void rotate_group16(__m512 (&group)[2]) {
   group[0] = sum;
 }
 
-// 64 inputs that share a scale, quantised.
-struct Pair16 {
-  __m512i words[4];  // the quants, 16 in each
-  float scale;       // what a quant stands for
+// Inputs that share a scale, quantised: `Pairs` times 64.
+template <int Pairs>
+struct Quants16 {
+  __m512i words[4 * Pairs];  // 16 in each
+  float scale;               // what a quant stands for
 
-  SIMD_INLINE __m512i bytes() const {
-    __m512i all = _mm512_castsi128_si512(_mm512_cvtepi32_epi8(words[0]));
-    all = _mm512_inserti32x4(all, _mm512_cvtepi32_epi8(words[1]), 1);
-    all = _mm512_inserti32x4(all, _mm512_cvtepi32_epi8(words[2]), 2);
-    return _mm512_inserti32x4(all, _mm512_cvtepi32_epi8(words[3]), 3);
+  SIMD_INLINE __m512i bytes(int pair) const {
+    const __m512i* from = words + 4 * pair;
+    __m512i all = _mm512_castsi128_si512(_mm512_cvtepi32_epi8(from[0]));
+    all = _mm512_inserti32x4(all, _mm512_cvtepi32_epi8(from[1]), 1);
+    all = _mm512_inserti32x4(all, _mm512_cvtepi32_epi8(from[2]), 2);
+    return _mm512_inserti32x4(all, _mm512_cvtepi32_epi8(from[3]), 3);
+  }
+  // Of the sums over the pair's two groups.
+  SIMD_INLINE void sum_up(int pair, int (&totals)[2]) const {
+    const __m512i* from = words + 4 * pair;
+    for (int i = 0; i < 2; ++i) {
+      totals[i] = _mm512_reduce_add_epi32(_mm512_add_epi32(from[2 * i], from[2 * i + 1]));
+    }
   }
 };
 
-SIMD_INLINE Pair16 quantized_pair(const float* values, const Matrix& weights) {
-  const float levels = static_cast<float>(weights.input_levels());
-  __m512 groups[2][2];
-  for (int i = 0; i < 4; ++i) groups[i / 2][i % 2] = _mm512_loadu_ps(values + 16 * i);
-  for (auto& group : groups) {
-    if (weights.is_rotated) rotate_group16(group);
+template <int Pairs>
+SIMD_INLINE Quants16<Pairs> quantized16(const float* values, const Matrix& weights) {
+  static_assert(!kAddsPairsInWords);
+  __m512 groups[2 * Pairs][2], highest = _mm512_setzero_ps();
+#pragma GCC unroll 6
+  for (int i = 0; i < 2 * Pairs; ++i) {
+    for (int half = 0; half < 2; ++half) groups[i][half] = _mm512_loadu_ps(values + 32 * i + 16 * half);
+    if (weights.is_rotated) rotate_group16(groups[i]);
+    highest = _mm512_max_ps(highest, _mm512_max_ps(_mm512_abs_ps(groups[i][0]), _mm512_abs_ps(groups[i][1])));
   }
-  const __m512 low = _mm512_max_ps(_mm512_abs_ps(groups[0][0]), _mm512_abs_ps(groups[0][1]));
-  const __m512 high = _mm512_max_ps(_mm512_abs_ps(groups[1][0]), _mm512_abs_ps(groups[1][1]));
-  const float largest = _mm512_reduce_max_ps(_mm512_max_ps(low, high));
-  const float scale = largest / levels;
+  const float largest = _mm512_reduce_max_ps(highest);
+  const float scale = largest / kInputLevels;
   const bool is_zero = scale < kLeastScale;
-  const __m512 inverse = splat16(is_zero ? 0.0f : levels / largest);
-  Pair16 pair;
-  for (int i = 0; i < 4; ++i) {
-    pair.words[i] = _mm512_cvtps_epi32(_mm512_mul_ps(groups[i / 2][i % 2], inverse));
+  const __m512 inverse = splat16(is_zero ? 0.0f : kInputLevels / largest);
+  Quants16<Pairs> quants;
+#pragma GCC unroll 12
+  for (int i = 0; i < 4 * Pairs; ++i) {
+    quants.words[i] = _mm512_cvtps_epi32(_mm512_mul_ps(groups[i / 2][i % 2], inverse));
   }
-  pair.scale = is_zero ? 0.0f : scale * (weights.is_rotated ? 0.125f : 1.0f);
-  return pair;
+  quants.scale = is_zero ? 0.0f : scale * (weights.is_rotated ? 0.125f : 1.0f);
+  return quants;
+}
+
+// Calls body(Count<N>()) for weights of which N times 64 share a scale.
+template <class Body>
+SIMD_INLINE void with_pairs_of(const Matrix& weights, const Body& body) {
+  switch (weights.scale_group / kPairSize) {
+    case 1: body(Count<1>()); break;
+    case 2: body(Count<2>()); break;
+    default: body(Count<3>()); break;
+  }
 }
 
 // Whether the row is one of few, whose nibbles are multiplied as they are (matmul_nested4_avx512.h).
@@ -87,32 +108,37 @@ SIMD_INLINE bool needs_sums_of_groups(const Activations& x, const Matrix& weight
   return weights.dtype == kNested4 && rows_in_block_of(row, x.num_rows) < kManyNestedRows;
 }
 
-// As quantize_groups<2>, but for what the products of these weights do not read: PEs that fill columns of
+// As quantize_groups, but for what the products of these weights do not read: PEs that fill columns of
 // the same rows write lines that each other holds.
-SIMD_INLINE void put_pair(const Pair16& pair, const Activations& x, bool needs_sums, int row, int col) {
-  constexpr int kInputs = 2 * kGroupSize;
-  const int64_t index = int64_t{row} * (x.cols / kInputs) + col / kInputs;
-  _mm512_storeu_si512(x.quants + int64_t{row} * x.cols + col, pair.bytes());
-  x.scales[index] = pair.scale;
-  const __m512i low = _mm512_add_epi32(pair.words[0], pair.words[1]);
-  const __m512i high = _mm512_add_epi32(pair.words[2], pair.words[3]);
-  if (!needs_sums) {
-    x.offsets[index] = -128 * _mm512_reduce_add_epi32(_mm512_add_epi32(low, high));
-    return;
+template <int Pairs>
+SIMD_INLINE void put_quants(const Quants16<Pairs>& quants, const Activations& x, bool needs_sums, int row,
+                            int col) {
+  const int64_t place = int64_t{row} * x.cols + col;
+  const int64_t index = place / (Pairs * kPairSize);
+  __m512i sums = _mm512_setzero_si512();
+#pragma GCC unroll 3
+  for (int pair = 0; pair < Pairs; ++pair) {
+    _mm512_storeu_si512(x.quants + place + pair * kPairSize, quants.bytes(pair));
+    for (int i = 0; i < 4; ++i) sums = _mm512_add_epi32(sums, quants.words[4 * pair + i]);
+    if (!needs_sums) continue;
+    int totals[2];
+    quants.sum_up(pair, totals);
+    x.word_sums[place / kPairSize + pair] = two_words(totals[0], totals[1]);
+    for (int i = 0; i < 2; ++i) x.group_offsets[place / kGroupSize + 2 * pair + i] = -8 * totals[i];
   }
-  const int totals[2] = {_mm512_reduce_add_epi32(low), _mm512_reduce_add_epi32(high)};
-  x.offsets[index] = -128 * (totals[0] + totals[1]);
-  x.word_sums[index] = two_words(totals[0], totals[1]);
-  for (int i = 0; i < 2; ++i) x.group_offsets[2 * index + i] = -8 * totals[i];
+  x.scales[index] = quants.scale;
+  x.offsets[index] = -128 * _mm512_reduce_add_epi32(sums);
 }
 
 void quantize_pairs16(const float* values, const Activations& x, const Matrix& weights, int row,
                       int col_begin, int col_end) {
-  constexpr int kInputs = 2 * kGroupSize;
   const bool needs_sums = needs_sums_of_groups(x, weights, row);
-  for (int col = col_begin; col < col_end; col += kInputs, values += kInputs) {
-    put_pair(quantized_pair(values, weights), x, needs_sums, row, col);
-  }
+  with_pairs_of(weights, [&](auto pairs) __attribute__((always_inline)) {
+    constexpr int kPairs = decltype(pairs)::value, kInputs = kPairs * kPairSize;
+    for (int col = col_begin; col < col_end; col += kInputs) {
+      put_quants(quantized16<kPairs>(values + (col - col_begin), weights), x, needs_sums, row, col);
+    }
+  });
 }
 
 // 16 numbers as `bf16_from_float` makes them.
