@@ -3,7 +3,10 @@
 
 struct AttentionProducts {
   static_assert(kKeyBlock == kTileRows && kStep == kTileInputs);
-  static constexpr int kPositionsPerFetch = 2;  // no more are asked for elsewhere
+  static constexpr int kKeysPerFetch = 2, kValuesPerFetch = 4;
+  // With few queries memory is what they wait for. Asked for evenly, it is read while they are attended to; in one go,
+  // a core waits for it, since it has room for 16 lines on their way, which hold up those from its own caches.
+  static int fetched_between(int num_queries) { return num_queries <= kMostFew ? 3 : 0; }
 
   static SIMD_INLINE __m512i from_floats(__m512 first, __m512 second) {
     return bf16_from_floats(first, second);
@@ -23,7 +26,7 @@ struct AttentionProducts {
       score_few(room, num_queries, piece, num_blocks, head_dim, ahead);
       return;
     }
-    pack_keys<kPositionsPerFetch>(room.keys, piece, num_blocks, head_dim, ahead);
+    pack_keys<kKeysPerFetch>(room.keys, piece, num_blocks, head_dim, ahead);
     for (int query = 0; query < num_queries; query += kTileRows) {
       float* of_tile = scores + query * kPieceSize;
       const uint16_t* queries = room.queries + query * head_dim;
@@ -130,7 +133,7 @@ struct AttentionProducts {
       }
       TILE_ZERO(0);
       for (int d = 0; d < head_dim; d += kTileInputs) {
-        ahead->advance(kTileRows / 2 * kTileInputs / head_dim);
+        ahead->advance(kTileRows / 4 * kTileInputs / head_dim);
         TILE_LOAD(1, keys + d, head_dim * 2);
         TILE_LOAD(2, few_queries_in(room) + d * num_queries, query_stride);
         TILE_DOT_BF16(0, 1, 2);

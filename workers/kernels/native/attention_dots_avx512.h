@@ -7,7 +7,9 @@
 SIMD_INLINE void memory_fence() { asm volatile("" : : : "memory"); }
 
 struct AttentionProducts {
-  static constexpr int kPositionsPerFetch = 4;  // and likewise while the first queries are multiplied
+  // And likewise while the first queries are multiplied, so that nothing is left to ask for between.
+  static constexpr int kPositionsPerFetch = 4, kKeysPerFetch = kPositionsPerFetch, kValuesPerFetch = kPositionsPerFetch;
+  static int fetched_between(int) { return 0; }
 
   static SIMD_INLINE __m512i from_floats(__m512 first, __m512 second) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(halves_of(first)), halves_of(second), 1);

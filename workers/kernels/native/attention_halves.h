@@ -83,24 +83,24 @@ inline const uint16_t* row_of(const Piece<uint16_t>& piece, int part, int key) {
 }
 
 // `ahead` goes on by one in so many positions.
-template <int PositionsPerFetch>
+template <int KeysPerFetch>
 SIMD_INLINE void pack_keys(uint16_t* blocks, const Piece<uint16_t>& piece, int num_blocks,
                            int head_dim, FetchAhead* ahead) {
   for (int first = 0; first < num_blocks * kKeyBlock; first += kKeyBlock) {
     const uint16_t* rows[kKeyBlock];
     for (int i = 0; i < kKeyBlock; ++i) rows[i] = row_of(piece, 0, first + i);
-    ahead->advance(kKeyBlock / PositionsPerFetch);
+    ahead->advance(kKeyBlock / KeysPerFetch);
     for (int d = 0; d < head_dim; d += kStep, blocks += kKeyBlock * kStep) {
       transpose_pairs(blocks, rows, d);
     }
   }
 }
 
-template <int PositionsPerFetch>
+template <int ValuesPerFetch>
 SIMD_INLINE void pack_values(uint16_t* pairs, const Piece<uint16_t>& piece, int num_positions,
                              int head_dim, FetchAhead* ahead) {
   for (int key = 0; key < num_positions; key += 2, pairs += 2 * head_dim) {
-    if (key % PositionsPerFetch == 0) ahead->advance(1);
+    if (key % ValuesPerFetch == 0) ahead->advance(1);
     const uint16_t *first = row_of(piece, 1, key), *second = row_of(piece, 1, key + 1);
     for (int d = 0; d < head_dim; d += kStep) interleave(pairs + 2 * d, first + d, second + d);
   }
@@ -130,8 +130,8 @@ SIMD_INLINE __m512 exp2_16(__m512 x, __mmask16 lanes) {
 
 // How a family multiplies:
 //   from_floats(first, second): 32 numbers as bfloat16;
-//   kPositionsPerFetch: packing keys asks for one position ahead in so many, packing values for
-//     another; what is left of all is up to score and add;
+//   kKeysPerFetch, kValuesPerFetch: packing asks for one position ahead in so many; score and add ask for what
+//     they like; fetched_between(num_queries): positions that are asked for at every step between those;
 //   begin, end: around all pieces of a task;
 //   score: of all queries with num_blocks blocks of keys, which it packs as it likes; they may be
 //     elsewhere than in `scores` until take_scores;
@@ -163,17 +163,22 @@ struct HalvesAttention : AttentionTiles {
     const int num_steps = (piece.end + kStep - 1) / kStep;
     Products::score(state.scores, halves, num_queries, piece, num_blocks, head_dim, ahead);
     // By the time this is done, scores are in the cache.
-    pack_values<Products::kPositionsPerFetch>(halves.values, piece, num_steps * kStep, head_dim, ahead);
+    pack_values<Products::kValuesPerFetch>(halves.values, piece, num_steps * kStep, head_dim, ahead);
     Products::take_scores(state.scores, halves, num_queries, num_blocks, head_dim);
+    const int fetched = Products::fetched_between(num_queries);
     // Products come after all of it: multiplications are slow beside tiles (matmul_amx.h).
     for (int query = 0; query < num_queries; ++query) {
       int begin, end;
       visible(query, &begin, &end);
+      ahead->advance(fetched);
       soften_to_halves(state, query, begin > 0 ? begin : 0, end < kPieceSize ? end : kPieceSize,
                        halves.probabilities + query * kPieceSize);
+      ahead->advance(fetched);
       correct(state.acc + query * head_dim, state.corrections[query], head_dim);
     }
+    ahead->advance(fetched);
     Products::add(state.acc, halves, num_queries, num_steps, head_dim, ahead);
+    ahead->advance(fetched);
   }
 
  private:

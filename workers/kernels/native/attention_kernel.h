@@ -331,6 +331,7 @@ void attend(const AttentionTask& task) {
                  task_end - base < kPieceSize ? task_end - base : kPieceSize, &piece);
       if constexpr (Tiles::template kTakesPieces<Kv>) {
         if (is_tiled) {
+          ahead.reach(base + kPieceSize);
           Tiles::attend(state, num_queries, head_dim, piece, &ahead, visible, room);
           continue;
         }

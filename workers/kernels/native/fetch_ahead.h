@@ -45,6 +45,11 @@ class FetchAhead {
       --num_left_;
     }
   }
+  // As many as it takes for all of this task's context before position `end` to be asked for.
+  void reach(int end) {
+    end = std::min(end, stretches_[0].end);
+    while (current_ == 0 && stretches_[0].begin - num_left_ < end) advance(1);
+  }
   void finish() { advance(kFetchDistance); }
 
  private:
