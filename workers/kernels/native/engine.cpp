@@ -24,9 +24,9 @@ constexpr int kLogitsRows = 64;
 constexpr int64_t logits_stride(int64_t vocab_size) { return (vocab_size + 15) / 16 * 16; }
 // Logits of so many bytes or more are stored past the caches.
 constexpr int64_t kStreamedNbytes = 2 << 20;
-// Columns of gate and up that are multiplied, combined and quantised in one go; as many as share a scale,
-// at most.
-constexpr int kStretch = kMaxScaleGroup;
+// Columns of gate and up that are multiplied, combined and quantised in one go, at most; or as many as
+// share a scale.
+constexpr int kStretch = 128, kWidestStretch = std::max(kStretch, kMaxScaleGroup);
 // Fewer items than this a PE would leave PEs waiting for the last one.
 constexpr int kMinItemsPerPe = 4;
 // Up to so many rows, norming or quantising them takes less time than a job of its own would cost.
@@ -94,7 +94,7 @@ Engine::PeScratch Engine::PeScratch::from(Arena& arena, const FsEngineConfig& co
   PeScratch scratch;
   scratch.attention = arena.take<float>(attention_scratch_floats(config.head_dim));
   scratch.matmul = arena.take<uint8_t>(matmul_scratch_nbytes(widest));
-  scratch.gate_up = arena.take<float>(2 * kMaxMatmulRows * kStretch);
+  scratch.gate_up = arena.take<float>(2 * kMaxMatmulRows * kWidestStretch);
   scratch.sampler = SamplerScratch::from(arena, config.vocab_size);
   return scratch;
 }
@@ -292,7 +292,8 @@ void Engine::gate_up(int num_rows, const LayerWeights& weights) {
   const bool is_quantized_here = is_rounded && !is_quantized_later;
   const int unit = is_quantized_later ? kGroupSize : group;
   const int num_stretches = std::max(1, pool_.size() * kItemsPerPe / num_blocks);
-  const int stretch = std::min(ceil_div(width / unit, num_stretches), kStretch / unit) * unit;
+  const int most_units = std::max(1, kStretch / unit);
+  const int stretch = std::min(ceil_div(width / unit, num_stretches), most_units) * unit;
   const auto body = [&](int item, int pe) {
     const PeScratch& scratch = scratch_[static_cast<size_t>(pe)];
     const int begin = item / num_blocks * stretch, end = std::min(begin + stretch, width);
@@ -301,7 +302,7 @@ void Engine::gate_up(int num_rows, const LayerWeights& weights) {
     const int panel = begin / kPanelRows, num_panels = (end - begin) / kPanelRows;
     float* parts[2];
     for (int part = 0; part < 2; ++part) {
-      parts[part] = scratch.gate_up + part * kMaxMatmulRows * kStretch;
+      parts[part] = scratch.gate_up + part * kMaxMatmulRows * kWidestStretch;
       const int first = part * (width / kPanelRows) + panel;
       // Outputs are addressed from W's row 0 and the step's row 0.
       float* origin = parts[part] - int64_t{first} * kPanelRows - int64_t{first_row} * stretch;

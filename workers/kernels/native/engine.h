@@ -52,7 +52,7 @@ class Engine {
   struct alignas(64) PeScratch {
     float* attention;
     void* matmul;
-    float* gate_up;  // (2, kMaxMatmulRows, up to kStretch): gate and up of a few columns
+    float* gate_up;  // (2, kMaxMatmulRows, up to kWidestStretch): gate and up of a few columns
     SamplerScratch sampler;
     int fetched_task = -1;  // of attention, whose context this PE has begun to fetch
 

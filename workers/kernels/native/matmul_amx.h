@@ -26,13 +26,31 @@ struct PanelScales {
         mins(has_min ? scales + w.num_scales() * kPanelRows : nullptr) {}
 };
 
-// An int32 below 2^22 in size (192 products of bytes are), as a float: as mantissa of 1.5 * 2^23, which is then taken off.
+// An int32 below 2^22 in size, as sums of 192 products of bytes are, as a float: as mantissa of
+// 1.5 * 2^23, which is then taken off.
 //
 // For some time after an instruction on tiles one of the two units for 512 bits takes no multiplication
 // and no conversion, but additions (measured on an Emerald Rapids): two of these are faster then.
 SIMD_INLINE __m512 float_by_adding(__m512i x) {
   const __m512i raised = _mm512_add_epi32(x, _mm512_set1_epi32(0x4b400000));
   return _mm512_sub_ps(_mm512_castsi512_ps(raised), splat16(0x1.8p23f));
+}
+
+// What a tile has summed up for 16 rows, scaled, onto `acc`. scales, sums: the rows' inputs'.
+template <bool HasMin>
+SIMD_INLINE void add_group(__m512 (&acc)[kTileRows], const int32_t* dots, const PanelScales& data,
+                           int g, const float* scales, const float* sums) {
+  const __m512 scale = load16_half(data.scales + g * kPanelRows);
+#pragma GCC unroll 16
+  for (int m = 0; m < kTileRows; ++m) {
+    const __m512 dot = float_by_adding(_mm512_loadu_si512(dots + m * kPanelRows));
+    acc[m] = _mm512_fmadd_ps(dot, _mm512_mul_ps(splat16(scales[m]), scale), acc[m]);
+  }
+  if (HasMin) {
+    const __m512 min = load16_half(data.mins + g * kPanelRows);
+#pragma GCC unroll 16
+    for (int m = 0; m < kTileRows; ++m) acc[m] = _mm512_fmadd_ps(splat16(sums[m]), min, acc[m]);
+  }
 }
 
 // Asks for the lines that a block's outputs will be written to: other PEs have read or written them since,
@@ -68,8 +86,7 @@ SIMD_INLINE void store_block(__m512 (&acc)[kTileRows], const Matrix& w, int pane
   for (int m = 0; m < kTileRows; ++m) _mm512_storeu_ps(y + m * stride, acc[m]);
 }
 
-// Blocks whose products with a panel are made side by side: each load of weights serves all of them, and
-// none of their tiles waits for the one that was multiplied onto it last.
+// Blocks that are multiplied side by side at most.
 constexpr int kMostBlocks = 4;
 
 // Tiles 0 to 3: sums, of a block of rows each; 4 and 5: inputs; 6: weights.
@@ -80,12 +97,120 @@ constexpr TileConfig int8_tiles(int num_inputs) {
           {kTileRows, kTileRows, kTileRows, kTileRows, kTileRows, kTileRows, quads}};
 }
 
-// The products of panels with blocks of 16 rows, `Inputs` of the inputs at a time.
+// The products of panels with one block of 16 rows after the other, `Inputs` of the inputs at a time.
+//
+// A turn multiplies what shares a scale, and its sums are read two turns later: in the turn between, the
+// tile is stored and the next products begun, so that none waits for another. (A CPU renames tiles, as it does
+// registers.) So a block's sums stay in registers over all its inputs.
+template <int Inputs, class Values>
+class BlockAfterBlock {
+ public:
+  // What tiles store. Not within the object: what the compiler sees handed to assembly it cannot keep
+  // in registers.
+  struct alignas(64) Dots {
+    int32_t of[2][kTileRows * kPanelRows];
+  };
+
+  // values: see multiply_one_by_one.
+  BlockAfterBlock(const Matrix& w, int panel, int panel_end, const int8_t* inputs, int num_blocks,
+               const Values& values, Dots& dots)
+      : w_(w),
+        values_(values),
+        inputs_(inputs),
+        num_scales_(w.num_scales()),
+        num_blocks_(num_blocks),
+        tiles_per_scale_(w.scale_group / Inputs),
+        panel_(panel),
+        panel_end_(panel_end),
+        stored_(dots.of[0]),
+        read_(dots.of[1]) {
+    enter_panel();
+    turn();
+    turn();
+  }
+
+  // Goes on; returns the sums (16 rows, 16 outputs) of what was begun two turns before.
+  SIMD_INLINE const int32_t* turn() {
+    std::swap(stored_, read_);
+    TILE_STORE(0, stored_, 64);
+    if (panel_ < panel_end_) {
+      TILE_ZERO(0);
+      const int num_tiles = Inputs == kGroupSize ? 1 : tiles_per_scale_;  // one alone: no loop
+      for (int tile = 0; tile < num_tiles; ++tile) {
+        fetch_.template advance<2>();  // few panels fit into the first-level cache beside the rest
+        TILE_LOAD(4, input_, Inputs);
+        TILE_LOAD(6, weights_, 64);
+        TILE_DOT_INT8(0, 4, 6);
+        input_ += kTileRows * Inputs, weights_ += kPanelRows * Inputs;
+      }
+      if (--scales_left_ == 0) enter_block();
+    }
+    return read_;
+  }
+
+ private:
+  SIMD_INLINE void enter_block() {
+    scales_left_ = num_scales_;
+    weights_ = begin_;
+    if (--blocks_left_ > 0) return;
+    if (++panel_ < panel_end_) enter_panel();
+  }
+  SIMD_INLINE void enter_panel() {
+    begin_ = weights_ = values_(panel_);
+    input_ = inputs_;
+    scales_left_ = num_scales_;
+    blocks_left_ = num_blocks_;
+    fetch_ = PanelFetch(w_, panel_ + 1, 1, int64_t{w_.cols / Inputs} * num_blocks_);
+  }
+
+  const Matrix& w_;
+  const Values& values_;
+  const int8_t* inputs_;
+  const int num_scales_, num_blocks_, tiles_per_scale_;
+  int panel_, panel_end_, scales_left_, blocks_left_;
+  const int8_t *begin_, *weights_, *input_;
+  int32_t *stored_, *read_;
+  PanelFetch fetch_;
+};
+
+// Panels times blocks of 16 rows from `row` to `row_end`, the last one perhaps in part. values(panel):
+// the panel as the tiles take it, until it is called for the one after the next; scales_of(panel): what its sums are
+// multiplied by.
+template <bool HasMin, int Inputs, class Values, class Scales>
+void multiply_one_by_one(const Matrix& w, int panel, int panel_end, const Activations& x, int row_begin,
+                     int row_end, const Output& out, const Values& values, const Scales& scales_of) {
+  if (row_begin >= row_end || panel >= panel_end) return;
+  const int num_scales = w.num_scales();
+  const int num_blocks = (row_end - row_begin + kTileRows - 1) / kTileRows;
+  const int64_t first = int64_t{row_begin / kTileRows} * num_scales * kTileRows;  // of scales
+  typename BlockAfterBlock<Inputs, Values>::Dots dots;
+  BlockAfterBlock<Inputs, Values> products(w, panel, panel_end, x.tile_quants + first * w.scale_group,
+                                        num_blocks, values, dots);
+  for (; panel < panel_end; ++panel) {
+    const PanelScales data = scales_of(panel);
+    const float *scales = x.tile_scales + first, *sums = x.tile_scaled_sums + first;
+    for (int row = row_begin; row < row_end; row += kTileRows) {
+      const int count = std::min(row_end - row, kTileRows);
+      own_outputs(panel, row, count, out);
+      __m512 acc[kTileRows];
+#pragma GCC unroll 16
+      for (int m = 0; m < kTileRows; ++m) acc[m] = splat16(0.0f);
+      for (int g = 0; g < num_scales; ++g, scales += kTileRows, sums += kTileRows) {
+        add_group<HasMin>(acc, products.turn(), data, g, scales, sums);
+      }
+      store_block(acc, w, panel, row, count, out);
+    }
+  }
+}
+
+// The products of panels with four blocks of 16 rows side by side, `Inputs` of the inputs at a time: weights
+// are loaded once for all of them.
 //
 // What shares a scale is summed up in tiles, which are stored then. Those sums are scaled between the
-// products that follow, of the next inputs, blocks or panel: until then they are `pending_`.
+// products that follow, of the next inputs, blocks or panel: until then they are `pending_`. In between, sums
+// of the inputs so far wait in memory.
 template <bool HasMin, int Inputs>
-class TileProducts {
+class BlocksSideBySide {
  public:
   // Not within the object: what the compiler sees handed to assembly it cannot keep in registers.
   struct alignas(64) Room {
@@ -93,7 +218,7 @@ class TileProducts {
     float sums[kMostBlocks][kTileRows * kPanelRows];    // scaled, of the inputs so far
   };
 
-  TileProducts(const Matrix& w, const Activations& x, int row_end, const Output& out, Room& room)
+  BlocksSideBySide(const Matrix& w, const Activations& x, int row_end, const Output& out, Room& room)
       : w_(w),
         x_(x),
         out_(out),
@@ -153,8 +278,6 @@ class TileProducts {
     const int row = pending_.row + block * kTileRows, g = pending_.g;
     const int count = std::min(row_end_ - row, kTileRows);
     const int64_t place = (int64_t{row / kTileRows} * num_scales_ + g) * kTileRows;
-    const float *scales = x_.tile_scales + place, *scaled_sums = x_.tile_scaled_sums + place;
-    const int32_t* dots = room_.dots[block];
     float* sums = room_.sums[block];
     __m512 acc[kTileRows];
     if (g == 0) {
@@ -165,17 +288,7 @@ class TileProducts {
 #pragma GCC unroll 16
       for (int m = 0; m < kTileRows; ++m) acc[m] = _mm512_loadu_ps(sums + m * kPanelRows);
     }
-    const __m512 scale = load16_half(pending_.scales.scales + g * kPanelRows);
-#pragma GCC unroll 16
-    for (int m = 0; m < kTileRows; ++m) {
-      const __m512 dot = float_by_adding(_mm512_loadu_si512(dots + m * kPanelRows));
-      acc[m] = _mm512_fmadd_ps(dot, _mm512_mul_ps(splat16(scales[m]), scale), acc[m]);
-    }
-    if (HasMin) {
-      const __m512 min = load16_half(pending_.scales.mins + g * kPanelRows);
-#pragma GCC unroll 16
-      for (int m = 0; m < kTileRows; ++m) acc[m] = _mm512_fmadd_ps(splat16(scaled_sums[m]), min, acc[m]);
-    }
+    add_group<HasMin>(acc, room_.dots[block], pending_.scales, g, x_.tile_scales + place, x_.tile_scaled_sums + place);
     if (g + 1 == num_scales_) {
       store_block(acc, w_, pending_.panel, row, count, out_);
       return;
@@ -192,16 +305,15 @@ class TileProducts {
   Pending pending_ = {0, 0, 0, 0, {nullptr, nullptr}};
 };
 
-// Panels times blocks of 16 rows from `row` to `row_end`, the last one perhaps in part. values(panel):
-// the panel as the tiles take it; scales_of(panel): what its sums are multiplied by.
+// The same.
 template <bool HasMin, int Inputs, class Values, class Scales>
-void multiply_blocks(const Matrix& w, int panel, int panel_end, const Activations& x, int row_begin,
+void multiply_side_by_side(const Matrix& w, int panel, int panel_end, const Activations& x, int row_begin,
                      int row_end, const Output& out, const Values& values, const Scales& scales_of) {
   if (row_begin >= row_end) return;
   const int num_blocks = (row_end - row_begin + kTileRows - 1) / kTileRows;
   const int num_turns = (num_blocks + kMostBlocks - 1) / kMostBlocks;
-  typename TileProducts<HasMin, Inputs>::Room room;
-  TileProducts<HasMin, Inputs> products(w, x, row_end, out, room);
+  typename BlocksSideBySide<HasMin, Inputs>::Room room;
+  BlocksSideBySide<HasMin, Inputs> products(w, x, row_end, out, room);
   for (; panel < panel_end; ++panel) {
     const int8_t* of_panel = values(panel);
     const PanelScales scales = scales_of(panel);
@@ -216,6 +328,19 @@ void multiply_blocks(const Matrix& w, int panel, int panel_end, const Activation
     }
   }
   products.finish();
+}
+
+// From more rows than this on, blocks side by side are faster, where several tiles share a scale. Sums of one tile
+// each would have to be fetched and put back too often.
+constexpr int kMostOneByOne = 64;
+
+template <bool HasMin, int Inputs, class Values, class Scales>
+void multiply_blocks(const Matrix& w, int panel, int panel_end, const Activations& x, int row_begin,
+                     int row_end, const Output& out, const Values& values, const Scales& scales_of) {
+  const bool is_one_by_one = row_end - row_begin <= kMostOneByOne || w.scale_group == Inputs;
+  (is_one_by_one ? multiply_one_by_one<HasMin, Inputs, Values, Scales>
+                 : multiply_side_by_side<HasMin, Inputs, Values, Scales>)(
+      w, panel, panel_end, x, row_begin, row_end, out, values, scales_of);
 }
 
 // Fewer rows than this are faster without tiles.
@@ -296,7 +421,7 @@ void matmul_amx_nested4(const Matrix& w, int panel_begin, int panel_end, const A
   };
   const int64_t values_nbytes = int64_t{w.cols} * kPanelRows / 2;
   multiply_int8<false, kPairSize>(w, panel_begin, panel_end, x, row_begin, row_end, out, scratch,
-                                       matmul16_nested4, values_nbytes, unpack);
+                                  matmul16_nested4, values_nbytes, unpack);
 }
 
 constexpr int kTileInputs = 32;  // bfloat16 inputs of one tile product
@@ -453,10 +578,10 @@ void quantize_for_tiles(const float* values, const Activations& x, const Matrix&
 #endif
   quantize16(values, x, weights, row, col_begin, col_end);
   const int tile = tile_inputs(weights), num_scales = x.cols / group;
-  for (int col = col_begin; col < col_end; col += tile) {
-    const int64_t place = place_of_row(row, col / tile, x.cols / tile);
-    std::memcpy(x.tile_quants + place * tile, x.quants + int64_t{row} * x.cols + col,
-                static_cast<size_t>(tile));
+  const int8_t* quants = x.quants + int64_t{row} * x.cols + col_begin;
+  int8_t* to = x.tile_quants + place_of_row(row, col_begin / tile, x.cols / tile) * tile;
+  for (int col = col_begin; col < col_end; col += tile, to += kTileRows * tile) {
+    for (int i = 0; i < tile; i += kGroupSize, quants += kGroupSize) std::memcpy(to + i, quants, kGroupSize);
   }
   for (int g = col_begin / group; g < col_end / group; ++g) {
     const int64_t place = place_of_row(row, g, num_scales), index = int64_t{row} * num_scales + g;

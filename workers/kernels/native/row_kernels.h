@@ -139,21 +139,23 @@ SIMD_INLINE int input_group(const Matrix& weights) {
 
 constexpr float kInputLevels = 127.0f;
 
-SIMD_INLINE void quantize_groups(const float* from, const Activations& x, const Matrix& weights,
-                                 int row, int col_begin, int col_end) {
-  const int size = input_group(weights), num_parts = size / kGroupSize;
+// `Parts` groups of 32 share a scale.
+template <int Parts>
+void quantize_groups(const float* from, const Activations& x, const Matrix& weights, int row, int col_begin,
+                     int col_end) {
+  constexpr int kSize = Parts * kGroupSize;
   const bool is_rotated = weights.is_rotated, has_limited_pairs = limits_pairs(weights);
   const float factor = is_rotated ? 0.125f : 1.0f;  // a power of two: exact
   const int64_t first = static_cast<int64_t>(row) * x.cols;
   // Nothing here overlaps; told so, the compiler keeps the addresses in registers.
   int8_t* __restrict quants = x.quants + first;
-  float *__restrict scales = x.scales + first / size, *__restrict scaled = x.scaled_sums + first / size;
-  int32_t *__restrict offsets = x.offsets + first / size;
+  float *__restrict scales = x.scales + first / kSize, *__restrict scaled = x.scaled_sums + first / kSize;
+  int32_t *__restrict offsets = x.offsets + first / kSize;
   int32_t *__restrict word_sums = x.word_sums + first / kPairSize;
   int32_t *__restrict group_offsets = x.group_offsets + first / kGroupSize;
-  for (int col = col_begin; col < col_end; col += size) {
-    F8 groups[kMaxScaleGroup / kGroupSize][4], highest = splat(0.0f);
-    for (int part = 0; part < num_parts; ++part, from += kGroupSize) {
+  for (int col = col_begin; col < col_end; col += kSize) {
+    F8 groups[Parts][4], highest = splat(0.0f);
+    for (int part = 0; part < Parts; ++part, from += kGroupSize) {
       F8(&group)[4] = groups[part];
       for (int i = 0; i < 4; ++i) group[i] = load(from + 8 * i);
       if (is_rotated) rotate_group(group);
@@ -164,19 +166,19 @@ SIMD_INLINE void quantize_groups(const float* from, const Activations& x, const 
     }
     const float largest = max_lane(highest);
     float scale = largest / kInputLevels;
-    int32_t sums[kMaxScaleGroup / kGroupSize] = {}, total = 0;
+    int32_t sums[Parts] = {}, total = 0;
     if (scale < kLeastScale) {
       scale = 0.0f;
-      std::memset(quants + col, 0, static_cast<size_t>(size));
+      std::memset(quants + col, 0, kSize);
     } else {
-      for (int part = 0; part < num_parts; ++part) {
+      for (int part = 0; part < Parts; ++part) {
         sums[part] = quantize_group(quants + col + part * kGroupSize, groups[part], kInputLevels / largest);
         total += sums[part];
       }
     }
-    const int index = col / size, group = col / kGroupSize;
-    for (int part = 0; part < num_parts; ++part) group_offsets[group + part] = -8 * sums[part];
-    for (int part = 0; part + 1 < num_parts; part += 2) {
+    const int index = col / kSize, group = col / kGroupSize;
+    for (int part = 0; part < Parts; ++part) group_offsets[group + part] = -8 * sums[part];
+    for (int part = 0; part + 1 < Parts; part += 2) {
       word_sums[(group + part) / 2] = two_words(sums[part], sums[part + 1]);
     }
     scales[index] = scale * factor;
@@ -191,7 +193,14 @@ void quantize(const float* values, const Activations& x, const Matrix& weights, 
     const int64_t first = static_cast<int64_t>(row) * x.cols + col_begin;
     round_to_bf16(x.halves + first, x.values + first, values, col_end - col_begin);
   } else {
-    quantize_groups(values, x, weights, row, col_begin, col_end);
+    decltype(&quantize_groups<1>) quantize_all;
+    switch (input_group(weights) / kGroupSize) {
+      case 1: quantize_all = quantize_groups<1>; break;
+      case 2: quantize_all = quantize_groups<2>; break;
+      case 4: quantize_all = quantize_groups<4>; break;
+      default: quantize_all = quantize_groups<6>; break;
+    }
+    quantize_all(values, x, weights, row, col_begin, col_end);
   }
 }
 
