@@ -37,7 +37,8 @@ from furiosa_llm.workers.kernels.reference import ReferenceExecutor
 
 EMULATED = ("avx512", "amx")
 # Below, at and above the rows of a register tile (8) and an AMX tile (16), and what is left over.
-NUM_ROWS = (1, 2, 3, 5, 8, 12, 15, 16, 17, 21, 22, 31, 48)
+# From 65 on AMX multiplies four blocks of 16 side by side, and then one to three.
+NUM_ROWS = (1, 2, 3, 5, 8, 12, 15, 16, 17, 21, 22, 31, 48, 70, 96, 111)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,8 @@ def exact_tensor(dtype: str, q: np.ndarray) -> Tensor:
         if is_whole(dtype, cols)
     ],
 )
-def test_integer_sums_are_exact(isa: str, dtype: str, cols: int) -> None:
+@pytest.mark.parametrize("num_rows", [48, 70])
+def test_integer_sums_are_exact(isa: str, dtype: str, cols: int, num_rows: int) -> None:
     random = np.random.default_rng(7)
     low, high = (-128, 128) if dtype.startswith("int8") else (0, 16)
     q = random.integers(low, high, (40, cols))
@@ -112,12 +114,12 @@ def test_integer_sums_are_exact(isa: str, dtype: str, cols: int) -> None:
     tensor = exact_tensor(dtype, q)
     # The largest of each group is such that its scale is 1, and its quants are these numbers.
     if isa == "avx2" and dtype == "int8-rotated":  # the largest pair
-        inputs = random.integers(-63, 64, (48, cols))
+        inputs = random.integers(-63, 64, (num_rows, cols))
         inputs[3], inputs[4] = 63, -63
         inputs[3:5, 1::2] += np.sign(inputs[3:5, 1::2])
         inputs[:, ::32], inputs[:, 1::32] = 127, 0
     else:
-        inputs = random.integers(-127, 128, (48, cols))
+        inputs = random.integers(-127, 128, (num_rows, cols))
         inputs[3], inputs[4] = 127, -127
         inputs[:, ::32] = 127
     x = inputs.astype(np.float32)
@@ -177,6 +179,9 @@ def families_of_this_cpu() -> list[str]:
 
 def check_agreement(dtype: str, num_rows: int, isas: Sequence[str]) -> None:
     first = "avx512" if dtype == "int8" else "avx2"
+    isas = [isa for isa in isas if isa != first]
+    if not isas:
+        pytest.skip("of avx512 and amx, whose inputs of int8 weights are alike, this CPU has one")
     for shape in [(40, 96), (7, 160), (21, 128), (40, 192), (19, 384)]:
         if not is_whole(dtype, shape[1]):
             continue
@@ -190,7 +195,7 @@ def check_agreement(dtype: str, num_rows: int, isas: Sequence[str]) -> None:
 @pytest.mark.parametrize("isa", EMULATED)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_do_not_depend_on_the_number_of_rows(isa: str, dtype: str) -> None:
-    tensor, x = random_tensor(dtype, 40, 384), random_inputs(48, 384)
+    tensor, x = random_tensor(dtype, 40, 384), random_inputs(111, 384)
     whole = native.matmul(tensor, x, isa=isa)
     for count in NUM_ROWS:
         assert np.array_equal(native.matmul(tensor, x[:count], isa=isa), whole[:count])

@@ -297,6 +297,25 @@ def test_long_contexts_are_shared_out_without_changing_a_bit(
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_gate_and_up_are_quantised_at_once_or_later_with_the_same_bits(
+    artifact_of: Callable[..., Artifact], make_executor: MakeExecutor, weights: str, isa: str
+) -> None:
+    """Four groups of down's inputs are items enough for one PE, not for two: there they are cut
+    finer, and rows are quantised afterwards; few of them by whoever is done last.
+    """
+    artifact = artifact_of("llama", weights, intermediate_size=768)
+    prefill = step_batch([Row(0, p, blocks_of(i)) for i, p in enumerate(PROMPTS)])
+    decode = step_batch([Row(len(PROMPTS[0]), [7], blocks_of(0))])
+    results = []
+    for num_pes in (1, 2):
+        executor = make_executor(artifact, isa=isa, cpus=((),) * num_pes)
+        results.append([executor.logits(batch) for batch in (prefill, decode)])
+    for one, two in zip(*results, strict=True):
+        assert np.array_equal(one, two)
+
+
+@pytest.mark.parametrize("isa", ISAS)
 def test_blocks_that_only_look_like_a_run_are_not_read_as_one(
     artifact_of: Callable[..., Artifact], make_executor: MakeExecutor, isa: str
 ) -> None:
