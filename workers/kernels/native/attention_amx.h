@@ -1,4 +1,4 @@
-// How AMX multiplies for attention_halves.h: in tiles, as in matmul_amx.h.
+// How AMX multiplies for attention_halves.h: in tiles, as in matmul_bf16_amx.h.
 // Included inside the family's namespace, after attention_halves.h and matmul_amx.h.
 
 struct AttentionProducts {

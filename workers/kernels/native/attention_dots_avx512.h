@@ -8,7 +8,7 @@ SIMD_INLINE void memory_fence() { asm volatile("" : : : "memory"); }
 
 struct AttentionProducts {
   // And likewise while the first queries are multiplied, so that nothing is left to ask for between.
-  static constexpr int kPositionsPerFetch = 4, kKeysPerFetch = kPositionsPerFetch, kValuesPerFetch = kPositionsPerFetch;
+  static constexpr int kKeysPerFetch = 4, kValuesPerFetch = 4;
   static int fetched_between(int) { return 0; }
 
   static SIMD_INLINE __m512i from_floats(__m512 first, __m512 second) {
@@ -20,7 +20,7 @@ struct AttentionProducts {
 
   static void score(float* scores, const HalvesRoom& room, int num_queries,
                     const Piece<uint16_t>& piece, int num_blocks, int head_dim, FetchAhead* ahead) {
-    pack_keys<kPositionsPerFetch>(room.keys, piece, num_blocks, head_dim, ahead);
+    pack_keys<kKeysPerFetch>(room.keys, piece, num_blocks, head_dim, ahead);
     memory_fence();
     for_tiles(0, num_queries, [&](int query, auto rows) __attribute__((always_inline)) {
       constexpr int kRows = decltype(rows)::value;
@@ -91,7 +91,7 @@ struct AttentionProducts {
     TileRows rows(queries, head_dim);
     for (int d = 0; d < head_dim; d += kStep, blocks += kKeyBlock * kStep, rows.advance(2 * kStep)) {
       if (ahead != nullptr) {
-        constexpr int kCount = Blocks * kKeyBlock / kPositionsPerFetch;
+        constexpr int kCount = Blocks * kKeyBlock / kKeysPerFetch;
         ahead->advance((d + kStep) * kCount / head_dim - d * kCount / head_dim);
       }
       multiply(sums, rows, blocks, block_stride, 2 * kKeyBlock);
@@ -114,7 +114,7 @@ struct AttentionProducts {
     TileRows rows(probabilities, kPieceSize);
     const uint16_t* blocks = values + 2 * d;
     for (int step = 0; step < num_steps; ++step, blocks += kStep * head_dim, rows.advance(2 * kStep)) {
-      if (ahead != nullptr && d == 0) ahead->advance(kStep / kPositionsPerFetch);
+      if (ahead != nullptr && d == 0) ahead->advance(kStep / kValuesPerFetch);
       multiply(sums, rows, blocks, 32, 2 * head_dim);
     }
     for (int b = 0; b < Blocks; ++b) {

@@ -56,6 +56,10 @@ constexpr auto quantize16 = quantize;
 
 #include "matmul_amx.h"
 
+#include "matmul_bf16_amx.h"
+
+#include "quantize_amx.h"
+
 #include "attention_halves.h"
 
 #include "attention_amx.h"
