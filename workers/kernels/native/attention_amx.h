@@ -1,5 +1,5 @@
 // How AMX multiplies for attention_halves.h: in tiles, as in matmul_bf16_amx.h.
-// Included inside the family's namespace, after attention_halves.h and matmul_amx.h.
+// Included inside the family's namespace, after attention_halves.h and quantize_amx.h.
 
 struct AttentionProducts {
   static_assert(kKeyBlock == kTileRows && kStep == kTileInputs);
