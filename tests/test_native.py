@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from step_batches import Row, Sampling, step_batch
+from test_native_matmul import packed_tensor
 from test_native_sampling import assert_same
 from tiny_models import ARCHITECTURES, VOCAB_SIZE, tiny_artifact
 
@@ -252,6 +253,7 @@ def test_bits_do_not_depend_on_batch_chunks_blocks_or_pes(
         run(chunk=5, together=True, num_pes=2),
         run(chunk=1, together=False, num_pes=1),
         run(chunk=64, together=True, num_pes=3, block_size=8),
+        run(chunk=3, together=True, num_pes=1, block_size=32),
     ):
         assert np.array_equal(variant, alone)
 
@@ -313,6 +315,40 @@ def test_gate_and_up_are_quantised_at_once_or_later_with_the_same_bits(
         results.append([executor.logits(batch) for batch in (prefill, decode)])
     for one, two in zip(*results, strict=True):
         assert np.array_equal(one, two)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kv_cache_dtype", ["fp32", "bf16", "int8"])
+def test_what_a_block_held_before_is_never_seen(
+    artifact_of: Callable[..., Artifact],
+    make_executor: MakeExecutor,
+    monkeypatch: pytest.MonkeyPatch,
+    kv_cache_dtype: str,
+    isa: str,
+) -> None:
+    """Not even NaN, which no probability of 0 would take out of a sum."""
+    poison = 200
+    artifact = artifact_of("llama", "fp32", head_dim=32)
+    embed = artifact.tensor("embed").unpack()
+    embed[poison] = np.nan
+    poisoned = packed_tensor(embed, "fp32")
+    tensor_of = artifact.tensor
+    monkeypatch.setattr(
+        Artifact, "tensor", lambda _, name: poisoned if name == "embed" else tensor_of(name)
+    )
+
+    def decoded(executor: NativeExecutor) -> list[np.ndarray]:
+        prompt, blocks = PROMPTS[0], [5, 2]
+        rows = [Row(0, prompt, blocks)] + [Row(i, [i], blocks) for i in range(len(prompt), 20)]
+        return [executor.logits(step_batch([row])) for row in rows]
+
+    clean, used = (
+        make_executor(artifact, isa=isa, kv_cache_dtype=kv_cache_dtype) for _ in range(2)
+    )
+    assert np.isnan(used.logits(step_batch([Row(0, [poison] * 32, [5, 2])]))).all()
+    expected = decoded(clean)
+    assert np.isfinite(expected).all()
+    assert np.array_equal(decoded(used), expected)
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -20,17 +20,17 @@ struct AttentionProducts {
   }
   static void end() { release_tiles(); }
 
-  static void score(float* scores, const HalvesRoom& room, int num_queries,
-                    const Piece<uint16_t>& piece, int num_blocks, int head_dim, FetchAhead* ahead) {
+  static void score(float* scores, const HalvesRoom& room, int num_queries, const HalvesPiece& piece,
+                    int head_dim, FetchAhead* ahead) {
     if (num_queries <= kMostFew) {
-      score_few(room, num_queries, piece, num_blocks, head_dim, ahead);
+      score_few(room, num_queries, piece, head_dim, ahead);
       return;
     }
-    pack_keys<kKeysPerFetch>(room.keys, piece, num_blocks, head_dim, ahead);
+    pack_keys<kKeysPerFetch>(room.keys, piece, head_dim, ahead);
     for (int query = 0; query < num_queries; query += kTileRows) {
       float* of_tile = scores + query * kPieceSize;
       const uint16_t* queries = room.queries + query * head_dim;
-      switch (num_blocks) {
+      switch (piece.num_groups) {
         case 1: multiply_keys<1>(of_tile, queries, room.keys, head_dim); break;
         case 2: multiply_keys<2>(of_tile, queries, room.keys, head_dim); break;
         case 3: multiply_keys<3>(of_tile, queries, room.keys, head_dim); break;
@@ -65,8 +65,9 @@ struct AttentionProducts {
     }
   }
 
-  static void add(float* acc, const HalvesRoom& room, int num_queries, int num_steps,
+  static void add(float* acc, const HalvesRoom& room, int num_queries, const Groups&, int num_groups,
                   int head_dim, FetchAhead*) {
+    const int num_steps = (num_groups * kKeyBlock + kStep - 1) / kStep;
     if (num_queries <= kMostFew) {
       add_few(acc, room.probabilities, room.values, num_steps, head_dim);
       return;
@@ -117,14 +118,14 @@ struct AttentionProducts {
     }
   }
 
-  static void score_few(const HalvesRoom& room, int num_queries, const Piece<uint16_t>& piece,
-                        int num_blocks, int head_dim, FetchAhead* ahead) {
+  static void score_few(const HalvesRoom& room, int num_queries, const HalvesPiece& piece, int head_dim,
+                        FetchAhead* ahead) {
     const int query_stride = num_queries * 4;
-    for (int block = 0; block < num_blocks; ++block) {
+    for (int block = piece.span.begin / kTileRows; block < piece.num_groups; ++block) {
       const int first = block * kTileRows;
-      const int known = std::max(first, piece.begin);
+      const int known = std::max(first, piece.span.begin);
       const uint16_t* keys = row_of(piece, 0, known) - (known - first) * head_dim;
-      if (piece.block_size % kTileRows != 0) {  // the values' place is free until they are packed
+      if (piece.rows.block_size % kTileRows != 0) {  // the values' place is free until they are packed
         for (int i = 0; i < kTileRows; ++i) {
           std::memcpy(room.values + i * head_dim, row_of(piece, 0, first + i),
                       static_cast<size_t>(head_dim) * 2);

@@ -7,94 +7,109 @@
 SIMD_INLINE void memory_fence() { asm volatile("" : : : "memory"); }
 
 struct AttentionProducts {
-  // And likewise while the first queries are multiplied, so that nothing is left to ask for between.
-  static constexpr int kKeysPerFetch = 4, kValuesPerFetch = 4;
-  static int fetched_between(int) { return 0; }
+  // A Zen 4 drops what it is asked for in bursts: a piece's share is asked for evenly, while the first
+  // queries are multiplied and, of few queries, softened.
+  static constexpr int kKeysPerFetch = 0, kValuesPerFetch = 0;
+  static int fetched_between(int num_queries) {
+    return num_queries <= kMostFew ? (16 + num_queries) / (2 * num_queries + 2) : 0;
+  }
 
   static SIMD_INLINE __m512i from_floats(__m512 first, __m512 second) {
-    return _mm512_inserti64x4(_mm512_castsi256_si512(halves_of(first)), halves_of(second), 1);
+    __m512i both;
+    asm("vcvtne2ps2bf16 %[first], %[second], %[both]"
+        : [both] "=v"(both)
+        : [first] "v"(first), [second] "v"(second));
+    return both;
   }
 
   static void begin(const HalvesRoom&, int, int) {}
   static void end() {}
 
-  static void score(float* scores, const HalvesRoom& room, int num_queries,
-                    const Piece<uint16_t>& piece, int num_blocks, int head_dim, FetchAhead* ahead) {
-    pack_keys<kKeysPerFetch>(room.keys, piece, num_blocks, head_dim, ahead);
+  static void score(float* scores, const HalvesRoom& room, int num_queries, const HalvesPiece& piece,
+                    int head_dim, FetchAhead* ahead) {
+    const Groups keys = piece.is_paired ? piece.keys : packed_groups(room.keys, head_dim);
+    if (!piece.is_paired) pack_keys<kKeysPerFetch>(room.keys, piece, head_dim, ahead);
     memory_fence();
     for_tiles(0, num_queries, [&](int query, auto rows) __attribute__((always_inline)) {
       constexpr int kRows = decltype(rows)::value;
       float* of_tile = scores + query * kPieceSize;
       const uint16_t* queries = room.queries + query * head_dim;
       FetchAhead* const of_first = query == 0 ? ahead : nullptr;
-      int block = 0;
-      for (; block + kBlocks<kRows> <= num_blocks; block += kBlocks<kRows>) {
-        score_tile<kRows, kBlocks<kRows>>(of_tile, queries, room.keys, block, head_dim,
-                                        of_first);
-      }
-      for (; block < num_blocks; ++block) {
-        score_tile<kRows, 1>(of_tile, queries, room.keys, block, head_dim, of_first);
-      }
+      for_blocks<kBlocks<kRows>>(0, piece.num_groups, [&](int block, auto count) __attribute__((always_inline)) {
+        score_tile<kRows, decltype(count)::value>(of_tile, queries, keys, block, head_dim, of_first);
+      });
     });
     memory_fence();
   }
 
   static void take_scores(float*, const HalvesRoom&, int, int, int) {}
 
-  static void add(float* acc, const HalvesRoom& room, int num_queries, int num_steps,
-                  int head_dim, FetchAhead* ahead) {
+  static void add(float* acc, const HalvesRoom& room, int num_queries, const Groups& values,
+                  int num_groups, int head_dim, FetchAhead* ahead) {
     memory_fence();
     for_tiles(0, num_queries, [&](int query, auto rows) __attribute__((always_inline)) {
       constexpr int kRows = decltype(rows)::value;
       float* of_tile = acc + query * head_dim;
       const uint16_t* probabilities = room.probabilities + query * kPieceSize;
       FetchAhead* const of_first = query == 0 ? ahead : nullptr;
-      int d = 0;
-      for (; d + 16 * kBlocks<kRows> <= head_dim; d += 16 * kBlocks<kRows>) {
-        add_tile<kRows, kBlocks<kRows>>(of_tile, probabilities, room.values, num_steps, d, head_dim,
-                                        of_first);
-      }
-      for (; d < head_dim; d += 16) {
-        add_tile<kRows, 1>(of_tile, probabilities, room.values, num_steps, d, head_dim, of_first);
-      }
+      for_blocks<kBlocks<kRows>>(0, head_dim / 16, [&](int block, auto count) __attribute__((always_inline)) {
+        add_tile<kRows, decltype(count)::value>(of_tile, probabilities, values, num_groups, 16 * block,
+                                                head_dim, of_first);
+      });
     });
     memory_fence();
   }
 
  private:
+  static constexpr int kMostFew = 8;
   // Blocks in one go: enough sums to hide the latency of a product, in less than all registers.
   template <int Rows>
   static constexpr int kBlocks = Rows > 4 ? 2 : 4;
 
-  // sums[b][m] += the step's 16 pairs of row m times block b's, whose pairs lie `stride` halves apart.
-  template <int Rows, int Blocks>
-  static SIMD_INLINE void multiply(__m512 (&sums)[Blocks][Rows], const TileRows& rows,
-                                   const uint16_t* blocks, int64_t block_stride, int64_t stride) {
-    unrolled<kStep / 2>([&](auto pair) __attribute__((always_inline)) {
+  // Positions that scoring or adding up 16 positions asks for.
+  static constexpr int kAsked = 6;
+
+  // Calls body(first, Count<N>()) for `Most` of the blocks [block, num_blocks) at a time, or what is left.
+  template <int Most, class Body>
+  static SIMD_INLINE void for_blocks(int block, int num_blocks, const Body& body) {
+    for (; block + Most <= num_blocks; block += Most) body(block, Count<Most>());
+    if constexpr (Most > 1) {
+      if (block < num_blocks) for_blocks<Most - 1>(block, num_blocks, body);
+    }
+  }
+
+  // sums[b][m] += `Pairs` pairs of row m times block b's, whose pairs lie `stride` halves apart; goes on
+  // to the next pairs.
+  template <int Pairs, int Rows, int Blocks>
+  static SIMD_INLINE void multiply(__m512 (&sums)[Blocks][Rows], TileRows& rows,
+                                   const uint16_t* (&blocks)[Blocks], int64_t stride) {
+    unrolled<Pairs>([&](auto pair) __attribute__((always_inline)) {
       __m512i of_blocks[Blocks];
       for (int b = 0; b < Blocks; ++b) {
-        of_blocks[b] = _mm512_loadu_si512(blocks + b * block_stride + pair.value * stride);
+        of_blocks[b] = _mm512_loadu_si512(blocks[b] + pair.value * stride);
+        asm volatile("" : "+v"(of_blocks[b]));  // GCC 12 would load it for every row
       }
       add_tile_products<pair.value * 4>(sums, of_blocks, rows);
     });
+    for (int b = 0; b < Blocks; ++b) blocks[b] += Pairs * stride;
+    rows.advance(4 * Pairs);
   }
 
   template <int Rows, int Blocks>
-  static SIMD_INLINE void score_tile(float* scores, const uint16_t* queries, const uint16_t* keys,
+  static SIMD_INLINE void score_tile(float* scores, const uint16_t* queries, const Groups& keys,
                                      int block, int head_dim, FetchAhead* ahead) {
     __m512 sums[Blocks][Rows];
-    for (auto& of_block : sums) {
-      for (__m512& sum : of_block) sum = _mm512_setzero_ps();
+    const uint16_t* blocks[Blocks];
+    for (int b = 0; b < Blocks; ++b) {
+      for (__m512& sum : sums[b]) sum = _mm512_setzero_ps();
+      blocks[b] = keys.at[block + b];
     }
-    const int64_t block_stride = int64_t{kKeyBlock} * head_dim;
-    const uint16_t* blocks = keys + block * block_stride;
     TileRows rows(queries, head_dim);
-    for (int d = 0; d < head_dim; d += kStep, blocks += kKeyBlock * kStep, rows.advance(2 * kStep)) {
-      if (ahead != nullptr) {
-        constexpr int kCount = Blocks * kKeyBlock / kKeysPerFetch;
-        ahead->advance((d + kStep) * kCount / head_dim - d * kCount / head_dim);
-      }
-      multiply(sums, rows, blocks, block_stride, 2 * kKeyBlock);
+    constexpr int kPairs = 4;
+    EvenFetch fetch(ahead, kAsked * Blocks * 2 * kPairs, head_dim);
+    for (int d = 0; d < head_dim; d += 2 * kPairs) {
+      fetch.turn();
+      multiply<kPairs>(sums, rows, blocks, 2 * kKeyBlock);
     }
     for (int b = 0; b < Blocks; ++b) {
       for (int m = 0; m < Rows; ++m) {
@@ -104,18 +119,22 @@ struct AttentionProducts {
   }
 
   template <int Rows, int Blocks>
-  static SIMD_INLINE void add_tile(float* acc, const uint16_t* probabilities,
-                                   const uint16_t* values, int num_steps, int d, int head_dim,
-                                   FetchAhead* ahead) {
+  static SIMD_INLINE void add_tile(float* acc, const uint16_t* probabilities, const Groups& values,
+                                   int num_groups, int d, int head_dim, FetchAhead* ahead) {
     __m512 sums[Blocks][Rows];
     for (int b = 0; b < Blocks; ++b) {
       for (int m = 0; m < Rows; ++m) sums[b][m] = _mm512_loadu_ps(acc + m * head_dim + d + 16 * b);
     }
     TileRows rows(probabilities, kPieceSize);
-    const uint16_t* blocks = values + 2 * d;
-    for (int step = 0; step < num_steps; ++step, blocks += kStep * head_dim, rows.advance(2 * kStep)) {
-      if (ahead != nullptr && d == 0) ahead->advance(kStep / kValuesPerFetch);
-      multiply(sums, rows, blocks, 32, 2 * head_dim);
+    constexpr int kPairs = 4, kTurns = kKeyBlock / (2 * kPairs);
+    EvenFetch fetch(ahead, kAsked * Blocks * 16, head_dim * kTurns);
+    for (int group = 0; group < num_groups; ++group) {
+      const uint16_t* blocks[Blocks];
+      for (int b = 0; b < Blocks; ++b) blocks[b] = values.at[group] + 2 * (d + 16 * b);
+      for (int turn = 0; turn < kTurns; ++turn) {
+        fetch.turn();
+        multiply<kPairs>(sums, rows, blocks, 2 * head_dim);
+      }
     }
     for (int b = 0; b < Blocks; ++b) {
       for (int m = 0; m < Rows; ++m) _mm512_storeu_ps(acc + m * head_dim + d + 16 * b, sums[b][m]);

@@ -1,8 +1,9 @@
 // Attention over a bf16 cache in products of bfloat16: queries and probabilities are rounded to it, as
 // keys and values are. What is kept between pieces stays float32.
 //
-// A piece's keys are put into blocks of 16 by transposing pairs of dimensions, its values by
-// interleaving two positions; both once for all queries of a task. Order: a score sums over head_dim
+// Products take keys in blocks of 16, by pairs of dimensions, and values by pairs of positions. So a
+// paired cache has them (KernelTable::takes_pairs); otherwise a piece's keys are transposed and its values
+// interleaved, once for all queries of a task. Order: a score sums over head_dim
 // as the family's products do, 32 dimensions at a time; acc takes 32 positions at a time, of which
 // those that a query must not see have p = 0. So a query's bits depend neither on the other queries
 // of its task nor on how much of a piece they see.
@@ -77,33 +78,107 @@ SIMD_INLINE void interleave(uint16_t* pairs, const uint16_t* first, const uint16
 }
 #endif
 
-// The place of a position outside the piece is one inside: what is there is not seen, but finite.
-inline const uint16_t* row_of(const Piece<uint16_t>& piece, int part, int key) {
-  return piece.rows[part][std::clamp(key, piece.begin, piece.end - 1)];
+// A piece's keys or values, 16 positions at a time, as products take them.
+struct Groups {
+  const uint16_t* at[kPieceSize / kKeyBlock];
+};
+
+inline Groups packed_groups(const uint16_t* first, int head_dim) {
+  const int stride = kKeyBlock * head_dim;
+  return {{first, first + stride, first + 2 * stride, first + 3 * stride}};
 }
 
-// `ahead` goes on by one in so many positions.
+// Of a paired cache. What lies before the span's first group is taken from that one.
+inline Groups paired_groups(const AttentionTask& task, const void* cache, const Span& span) {
+  static_assert(kKeyBlock == kPairedPositions && kPieceSize % kPairedPositions == 0);
+  Groups groups;
+  const int first = span.begin / kKeyBlock;
+  const int position = span.base + first * kKeyBlock;
+  const int32_t* block_id = task.block_ids + position / task.block_size;
+  int offset = position % task.block_size;
+  for (int i = first; i * kKeyBlock < span.end; ++i, offset += kKeyBlock) {
+    if (offset == task.block_size) offset = 0, ++block_id;
+    groups.at[i] = static_cast<const uint16_t*>(cache) + task.places.of_block(*block_id) +
+                   int64_t{offset} * task.head_dim;
+  }
+  for (int i = 0; i < first; ++i) groups.at[i] = groups.at[first];
+  return groups;
+}
+
+// Where a piece is in the cache: by rows, or by groups if that is paired.
+struct HalvesPiece {
+  Piece<uint16_t> rows;
+  Groups keys, values;
+  Span span;
+  int num_groups;  // that it has a part of, or that come before it
+  bool is_paired;
+
+  HalvesPiece(const AttentionTask& task, const Span& span)
+      : span(span), num_groups((span.end + kKeyBlock - 1) / kKeyBlock), is_paired(task.is_paired) {
+    if (is_paired) {
+      keys = paired_groups(task, task.keys, span), values = paired_groups(task, task.values, span);
+    } else {
+      find_piece(task, span, &rows);
+    }
+  }
+};
+
+// The place of a position outside the piece is one inside: what is there is not seen, but finite.
+inline const uint16_t* row_of(const HalvesPiece& piece, int part, int key) {
+  return piece.rows.rows[part][std::clamp(key, piece.span.begin, piece.span.end - 1)];
+}
+
+// `ahead` goes on by one in so many positions; 0: not at all.
 template <int KeysPerFetch>
-SIMD_INLINE void pack_keys(uint16_t* blocks, const Piece<uint16_t>& piece, int num_blocks,
-                           int head_dim, FetchAhead* ahead) {
-  for (int first = 0; first < num_blocks * kKeyBlock; first += kKeyBlock) {
+SIMD_INLINE void pack_keys(uint16_t* blocks, const HalvesPiece& piece, int head_dim, FetchAhead* ahead) {
+  for (int first = 0; first < piece.num_groups * kKeyBlock; first += kKeyBlock) {
     const uint16_t* rows[kKeyBlock];
     for (int i = 0; i < kKeyBlock; ++i) rows[i] = row_of(piece, 0, first + i);
-    ahead->advance(kKeyBlock / KeysPerFetch);
+    if constexpr (KeysPerFetch > 0) ahead->advance(kKeyBlock / KeysPerFetch);
     for (int d = 0; d < head_dim; d += kStep, blocks += kKeyBlock * kStep) {
       transpose_pairs(blocks, rows, d);
     }
   }
 }
 
+// Whole steps of 32 positions.
 template <int ValuesPerFetch>
-SIMD_INLINE void pack_values(uint16_t* pairs, const Piece<uint16_t>& piece, int num_positions,
-                             int head_dim, FetchAhead* ahead) {
-  for (int key = 0; key < num_positions; key += 2, pairs += 2 * head_dim) {
-    if (key % ValuesPerFetch == 0) ahead->advance(1);
+SIMD_INLINE void pack_values(uint16_t* pairs, const HalvesPiece& piece, int head_dim, FetchAhead* ahead) {
+  const int end = (piece.span.end + kStep - 1) / kStep * kStep;
+  for (int key = 0; key < end; key += 2, pairs += 2 * head_dim) {
+    if constexpr (ValuesPerFetch > 0) {
+      if (key % ValuesPerFetch == 0) ahead->advance(1);
+    }
     const uint16_t *first = row_of(piece, 1, key), *second = row_of(piece, 1, key + 1);
     for (int d = 0; d < head_dim; d += kStep) interleave(pairs + 2 * d, first + d, second + d);
   }
+}
+
+// kept = the group's values at its positions [begin, end), and zeros for the others.
+SIMD_INLINE void keep_values(uint16_t* kept, const uint16_t* group, int begin, int end, int head_dim) {
+  const uint32_t is_kept = (end >= kKeyBlock ? 0xffffu : (1u << end) - 1) & 0xffffu << std::max(begin, 0);
+  for (int pair = 0; pair < kKeyBlock / 2; ++pair) {
+    const uint32_t of_pair = is_kept >> (2 * pair);
+    const uint32_t bits = (of_pair & 1 ? 0x0000ffffu : 0) | (of_pair & 2 ? 0xffff0000u : 0);
+    const __m512i mask = _mm512_set1_epi32(static_cast<int>(bits));
+    for (int i = 0; i < 2 * head_dim; i += 32, group += 32, kept += 32) {
+      _mm512_storeu_si512(kept, _mm512_and_si512(mask, _mm512_loadu_si512(group)));
+    }
+  }
+}
+
+// Groups that the piece has only a part of are copied into `room`: probabilities of 0 take what is not
+// seen out of a sum only if that is finite.
+SIMD_INLINE Groups seen_values(const HalvesPiece& piece, uint16_t* room, int head_dim) {
+  Groups groups = piece.values;
+  for (int i = piece.span.begin / kKeyBlock; i < piece.num_groups; ++i) {
+    const int begin = piece.span.begin - i * kKeyBlock, end = piece.span.end - i * kKeyBlock;
+    if (begin <= 0 && end >= kKeyBlock) continue;
+    keep_values(room, groups.at[i], begin, end, head_dim);
+    groups.at[i] = room;
+    room += kKeyBlock * head_dim;
+  }
+  return groups;
 }
 
 SIMD_INLINE void correct(float* acc, float correction, int head_dim) {
@@ -133,9 +208,9 @@ SIMD_INLINE __m512 exp2_16(__m512 x, __mmask16 lanes) {
 //   kKeysPerFetch, kValuesPerFetch: packing asks for one position ahead in so many; score and add ask for what
 //     they like; fetched_between(num_queries): positions that are asked for at every step between those;
 //   begin, end: around all pieces of a task;
-//   score: of all queries with num_blocks blocks of keys, which it packs as it likes; they may be
-//     elsewhere than in `scores` until take_scores;
-//   add: acc += probabilities times values, of num_steps steps of positions.
+//   score: of all queries with all groups of keys, which it packs as it likes; they may be elsewhere
+//     than in `scores` until take_scores;
+//   add: acc += probabilities times values, of all groups.
 template <class Products>
 struct HalvesAttention : AttentionTiles {
   template <class Kv>
@@ -155,16 +230,20 @@ struct HalvesAttention : AttentionTiles {
   static void end() { Products::end(); }
 
   template <class Visible>
-  static void attend(const QueryState& state, int num_queries, int head_dim,
-                     const Piece<uint16_t>& piece, FetchAhead* ahead, const Visible& visible,
-                     float* room) {
+  static void attend(const AttentionTask& task, const QueryState& state, int num_queries,
+                     const Span& span, FetchAhead* ahead, const Visible& visible, float* room) {
+    const int head_dim = task.head_dim;
     const HalvesRoom halves(room, head_dim);
-    const int num_blocks = (piece.end + kKeyBlock - 1) / kKeyBlock;
-    const int num_steps = (piece.end + kStep - 1) / kStep;
-    Products::score(state.scores, halves, num_queries, piece, num_blocks, head_dim, ahead);
+    const HalvesPiece piece(task, span);
+    Products::score(state.scores, halves, num_queries, piece, head_dim, ahead);
     // By the time this is done, scores are in the cache.
-    pack_values<Products::kValuesPerFetch>(halves.values, piece, num_steps * kStep, head_dim, ahead);
-    Products::take_scores(state.scores, halves, num_queries, num_blocks, head_dim);
+    Groups values = packed_groups(halves.values, head_dim);
+    if (piece.is_paired) {
+      values = seen_values(piece, halves.values, head_dim);
+    } else {
+      pack_values<Products::kValuesPerFetch>(halves.values, piece, head_dim, ahead);
+    }
+    Products::take_scores(state.scores, halves, num_queries, piece.num_groups, head_dim);
     const int fetched = Products::fetched_between(num_queries);
     // Products come after all of it: multiplications are slow beside tiles (matmul_amx.h).
     for (int query = 0; query < num_queries; ++query) {
@@ -177,7 +256,7 @@ struct HalvesAttention : AttentionTiles {
       correct(state.acc + query * head_dim, state.corrections[query], head_dim);
     }
     ahead->advance(fetched);
-    Products::add(state.acc, halves, num_queries, num_steps, head_dim, ahead);
+    Products::add(state.acc, halves, num_queries, values, piece.num_groups, head_dim, ahead);
     ahead->advance(fetched);
   }
 

@@ -13,7 +13,13 @@
 // "FlashAttention"; Kwon et al. 2023, "PagedAttention".
 // Included inside the family's namespace, after row_kernels.h.
 
-// The keys or values of a piece that some query of the task sees, one pointer per position.
+// What of a piece some query of the task sees: positions [base + begin, base + end) of the context.
+struct Span {
+  int base;  // where the piece begins
+  int begin, end;
+};
+
+// Its keys and values, one pointer per position.
 template <class Kv>
 struct Piece {
   int begin, end;                      // within the piece
@@ -224,10 +230,9 @@ SIMD_INLINE void divide(float* out, const float* acc, float total, int head_dim)
   for (int d = 0; d < head_dim; d += 8) store(out + d, div(load(acc + d), splat(total)));
 }
 
-// Where the keys and values at [base + begin, base + end) are.
 template <class Kv>
-SIMD_INLINE void find_piece(const AttentionTask& task, int base, int begin, int end,
-                            Piece<Kv>* piece) {
+SIMD_INLINE void find_piece(const AttentionTask& task, const Span& span, Piece<Kv>* piece) {
+  const auto [base, begin, end] = span;
   piece->begin = begin, piece->end = end, piece->block_size = task.block_size;
   const int head_dim = task.head_dim, block_size = task.block_size;
   // Block by block: a division for every key would take as long as its products.
@@ -326,16 +331,17 @@ void attend(const AttentionTask& task) {
         const int position = task.first_position + query / heads;
         *from = first_seen(position) - base, *to = position + 1 - base;
       };
-      Piece<Kv> piece;
-      find_piece(task, base, task_begin > base ? task_begin - base : 0,
-                 task_end - base < kPieceSize ? task_end - base : kPieceSize, &piece);
+      const Span span{base, task_begin > base ? task_begin - base : 0,
+                      task_end - base < kPieceSize ? task_end - base : kPieceSize};
       if constexpr (Tiles::template kTakesPieces<Kv>) {
         if (is_tiled) {
           ahead.reach(base + kPieceSize);
-          Tiles::attend(state, num_queries, head_dim, piece, &ahead, visible, room);
+          Tiles::attend(task, state, num_queries, span, &ahead, visible, room);
           continue;
         }
       }
+      Piece<Kv> piece;
+      find_piece(task, span, &piece);
       if (sizeof(Kv) == 4 || num_queries <= kFewQueries) {
         attend_piece<Tiles>(state, num_queries, head_dim, piece, &ahead, kHasScales, visible);
       } else {

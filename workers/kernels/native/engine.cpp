@@ -107,7 +107,7 @@ Engine::Engine(const FsEngineConfig& config, const KernelTable& kernels)
       kv_size_(config_.num_kv_heads * config_.head_dim),
       qkv_size_(q_size_ + 2 * kv_size_),
       pool_(cpus_of(config_)),
-      cache_(config_),
+      cache_(config_, kernels_),
       memory_([this] {
         Arena arena(nullptr);
         Buffers::from(arena, config_);

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 
 #include "kernel_table.h"
 
@@ -23,9 +24,17 @@ class FetchAhead {
         head_nbytes_(task.head_dim * kv_nbytes(task.kv_dtype)),
         places_(task.places),
         nbytes_(kv_nbytes(task.kv_dtype)),
-        stretches_{{task.keys, task.values, task.block_ids, begin, end}, task.next} {
-    Context& next = stretches_[1];
-    next.end = std::min(next.end, next.begin + kFetchDistance);
+        stretches_{{task.keys, task.values, task.block_ids, begin, end}, task.next, task.next} {
+    // The first that the next task does is to write its keys and values: in a paired cache, a few bytes to
+    // every line of a group.
+    Context &newest = stretches_[1], &first = stretches_[2];
+    if (task.is_paired && newest.begin < newest.end) {
+      newest.begin = (newest.end - 1) / kPairedPositions * kPairedPositions;
+      newest.end = newest.begin + kPairedPositions;
+    } else {
+      newest.end = newest.begin;
+    }
+    first.end = std::min(first.end, first.begin + kFetchDistance);
     if (task.is_fetched) {
       stretches_[0].begin = std::min(begin + kFetchDistance, end);
     } else {
@@ -45,20 +54,23 @@ class FetchAhead {
       --num_left_;
     }
   }
-  // As many as it takes for all of this task's context before position `end` to be asked for.
+  // As many as it takes for all of this task's context before position `end` to be asked for; from then
+  // on not much more of it than kFetchDistance beyond.
   void reach(int end) {
+    limit_ = end + 2 * kFetchDistance;
     end = std::min(end, stretches_[0].end);
     while (current_ == 0 && stretches_[0].begin - num_left_ < end) advance(1);
   }
-  void finish() { advance(kFetchDistance); }
+  void finish() { advance(kFetchDistance + kPairedPositions); }
 
  private:
   bool enter_block() {
     while (stretches_[current_].begin >= stretches_[current_].end) {
-      if (current_ == 1) return false;
+      if (current_ == kNumStretches - 1) return false;
       ++current_;
     }
     Context& context = stretches_[current_];
+    if (current_ == 0 && context.begin >= limit_) return false;
     const int offset = context.begin % block_size_;
     const int32_t block_id = context.block_ids[context.begin / block_size_];
     const int64_t place = places_.of_block(block_id) * nbytes_ + int64_t{offset} * head_nbytes_;
@@ -72,9 +84,28 @@ class FetchAhead {
   const int block_size_, head_nbytes_;
   const BlockPlaces places_;
   const int nbytes_;  // of one number
-  Context stretches_[2];  // what is left of this task's context, and of what is wanted of the next
+  // What is left of this task's context, of the group that the next writes to, and of what comes first in
+  // its context.
+  static constexpr int kNumStretches = 3;
+  Context stretches_[kNumStretches];
   int current_ = 0, num_left_ = 0;  // positions left in the current block
+  int limit_ = std::numeric_limits<int>::max();
   const char *keys_ = nullptr, *values_ = nullptr;
+};
+
+// Spreads what a loop asks for over its turns: share / whole positions a turn.
+class EvenFetch {
+ public:
+  EvenFetch(FetchAhead* ahead, int share, int whole) : ahead_(ahead), share_(share), whole_(whole) {}
+  inline __attribute__((always_inline)) void turn() {
+    if (ahead_ == nullptr) return;
+    for (owed_ += share_; owed_ >= whole_; owed_ -= whole_) ahead_->advance(1);
+  }
+
+ private:
+  FetchAhead* const ahead_;
+  const int share_, whole_;
+  int owed_ = 0;
 };
 
 }  // namespace furiosa

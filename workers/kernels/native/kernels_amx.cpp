@@ -102,6 +102,7 @@ KernelTable amx_kernels() {
   table.matmul[kInt4] = amx::matmul_amx_int4;
   table.matmul[kNested4] = amx::matmul_amx_nested4;
   table.quantize = amx::quantize_amx;
+  table.takes_pairs = nullptr;
   table.attention = amx::attention<amx::HalvesAttention<amx::AttentionProducts>>;
   return table;
 }

@@ -54,6 +54,7 @@ const KernelTable kAvx2Kernels = {
     avx2::bf16_from_float,
     avx2::quantize_head,
     avx2::attention<avx2::NoTiles>,
+    nullptr,
     avx2::merge_attention,
     avx2::max_finite,
     avx2::exp_double,

@@ -52,6 +52,7 @@ constexpr auto quantize16 = quantize;
 constexpr auto swiglu16 = swiglu;
 constexpr auto bf16_from_float16 = bf16_from_float;
 constexpr auto attention16 = attention<AttentionTiles>;
+constexpr bool (*takes_pairs)(int) = nullptr;
 #else
 #include "attention_avx512.h"
 #include "row_kernels_avx512.h"
@@ -59,6 +60,10 @@ constexpr auto attention16 = attention<AttentionTiles>;
 #include "attention_halves.h"
 
 #include "attention_dots_avx512.h"
+
+bool takes_pairs(int head_dim) {
+  return has_fast_bf16_dot() && HalvesAttention<AttentionProducts>::takes(head_dim);
+}
 
 void attention16(const AttentionTask& task) {
   if (task.kv_dtype == kBf16 && has_fast_bf16_dot()) {
@@ -104,6 +109,7 @@ const KernelTable kAvx512Kernels = {
     avx512::bf16_from_float16,
     avx512::quantize_head,
     avx512::attention16,
+    avx512::takes_pairs,
     avx512::merge_attention,
     avx512::max_finite,
     avx512::exp_double,

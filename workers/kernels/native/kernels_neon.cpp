@@ -52,6 +52,7 @@ const KernelTable kNeonKernels = {
     neon::bf16_from_float,
     neon::quantize_head,
     neon::attention<neon::NoTiles>,
+    nullptr,
     neon::merge_attention,
     neon::max_finite,
     neon::exp_double,

@@ -193,6 +193,7 @@ const KernelTable kPortableKernels = {
     portable::bf16_from_float,
     portable::quantize_head,
     portable::attention<portable::NoTiles>,
+    nullptr,
     portable::merge_attention,
     portable::max_finite,
     portable::exp_double,

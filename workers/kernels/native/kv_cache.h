@@ -7,6 +7,7 @@
 // Blocks take memory when they are first written; the address space of all is reserved at once.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -18,9 +19,11 @@ namespace furiosa {
 
 class KvCache {
  public:
-  explicit KvCache(const FsEngineConfig& config)
+  KvCache(const FsEngineConfig& config, const KernelTable& kernels)
       : dtype(static_cast<FsDtype>(config.kv_dtype)),
         block_size(config.block_size),
+        is_paired_(dtype == kBf16 && config.block_size % kPairedPositions == 0 &&
+                   kernels.takes_pairs != nullptr && kernels.takes_pairs(config.head_dim)),
         places_(int64_t{config.block_size} * config.head_dim, config.num_kv_heads),
         scale_places_(config.block_size, config.num_kv_heads),
         head_dim_(config.head_dim),
@@ -51,6 +54,7 @@ class KvCache {
     task.value_scales = value_scales(layer, kv_head);
     task.kv_dtype = dtype;
     task.block_size = block_size;
+    task.is_paired = is_paired_;
     task.places = places_;
     task.scale_places = scale_places_;
     task.next = {nullptr, nullptr, nullptr, 0, 0};
@@ -60,10 +64,24 @@ class KvCache {
   // Writes head_dim values of one head at `slot`, a position counted in positions from block 0 on.
   void put_key(int layer, int kv_head, int64_t slot, const float* head,
                const KernelTable& kernels) const {
+    if (is_paired_) {
+      put_pairs(keys(layer, kv_head), slot, head, kernels, [](uint16_t* group, int place, const uint16_t* halves, int d) {
+        std::memcpy(group + (d / 2 * kPairedPositions + place) * 2, halves, 4);
+      });
+      return;
+    }
     put(keys(layer, kv_head), key_scales(layer, kv_head), slot, head, kernels);
   }
   void put_value(int layer, int kv_head, int64_t slot, const float* head,
                  const KernelTable& kernels) const {
+    if (is_paired_) {
+      const int head_dim = head_dim_;
+      put_pairs(values(layer, kv_head), slot, head, kernels, [head_dim](uint16_t* group, int place, const uint16_t* halves, int d) {
+        uint16_t* pair = group + (place / 2 * head_dim + d) * 2 + place % 2;
+        pair[0] = halves[0], pair[2] = halves[1];
+      });
+      return;
+    }
     put(values(layer, kv_head), value_scales(layer, kv_head), slot, head, kernels);
   }
 
@@ -77,6 +95,27 @@ class KvCache {
   float* scales(const MappedMemory& memory, int layer, int kv_head) const {
     return reinterpret_cast<float*>(memory.data()) + layer * layer_scales_ +
            scale_places_.of_head(kv_head);
+  }
+
+  uint16_t* group_of(uint8_t* base, int64_t slot) const {
+    const int64_t block = slot / block_size;
+    const int offset = static_cast<int>(slot % block_size);
+    return reinterpret_cast<uint16_t*>(base) + places_.of_block(block) +
+           int64_t{offset - offset % kPairedPositions} * head_dim_;
+  }
+
+  // Calls write(group, place, two numbers, their dimension) for all of `head` as bfloat16.
+  template <class Write>
+  void put_pairs(uint8_t* base, int64_t slot, const float* head, const KernelTable& kernels,
+                 const Write& write) const {
+    const int place = static_cast<int>(slot % block_size % kPairedPositions);
+    uint16_t* group = group_of(base, slot);
+    uint16_t halves[64];
+    for (int first = 0; first < head_dim_; first += 64) {
+      const int count = std::min(64, head_dim_ - first);
+      kernels.bf16_from_float(halves, head + first, count);
+      for (int d = 0; d < count; d += 2) write(group, place, halves + d, first + d);
+    }
   }
 
   void put(uint8_t* base, float* scales, int64_t slot, const float* head,
@@ -97,6 +136,7 @@ class KvCache {
     }
   }
 
+  const bool is_paired_;
   const BlockPlaces places_, scale_places_;
   const int head_dim_;
   const int64_t value_nbytes_, layer_nbytes_, layer_scales_;

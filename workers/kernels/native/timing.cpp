@@ -100,7 +100,7 @@ int32_t fs_time_attention(const char* isa, const FsEngineConfig* config, int32_t
                           FsMessage* message) {
   return guarded(message, [&] {
     const KernelTable& kernels = kernel_table_named(isa);
-    const KvCache cache(*config);
+    const KvCache cache(*config, kernels);
     const int head_dim = config->head_dim, heads = config->num_heads / config->num_kv_heads;
     const int num_blocks = config->num_blocks / num_sequences;
     const int context = num_blocks * config->block_size;
