@@ -143,6 +143,11 @@ EMULATED __m512i xor_si512(__m512i a, __m512i b) {
   const Lanes<int32_t, __m512i> x(a), y(b);
   return for_ints<int32_t>([&](int i) { return x.lane[i] ^ y.lane[i]; });
 }
+// Each 16 bytes for themselves; no index here is negative, which would give 0.
+EMULATED __m512i shuffle_epi8(__m512i a, __m512i indices) {
+  const Lanes<uint8_t, __m512i> x(a), index(indices);
+  return for_ints<uint8_t>([&](int i) { return x.lane[i / 16 * 16 + index.lane[i] % 16]; });
+}
 EMULATED __m512i sub_epi32(__m512i a, __m512i b) {
   const Lanes<uint32_t, __m512i> x(a), y(b);
   return for_ints<uint32_t>([&](int i) { return x.lane[i] - y.lane[i]; });
@@ -237,6 +242,7 @@ EMULATED __m512i dpwssd_epi32(__m512i sums, __m512i a, __m512i b) {
 #define _mm512_cvtne2ps_pbh emulated::cvtne2ps_pbh
 #define _mm512_and_si512 emulated::and_si512
 #define _mm512_xor_si512 emulated::xor_si512
+#define _mm512_shuffle_epi8 emulated::shuffle_epi8
 #define _mm512_sub_epi32 emulated::sub_epi32
 #define _mm512_sub_epi8 emulated::sub_epi8
 #define _mm512_srli_epi16 emulated::srli_epi16

@@ -34,9 +34,11 @@ struct NestedBytes {
     const __m512i factor = words.factors_of(group);
     const __m512i raised = _mm512_add_epi32(words.shifts_of(group), _mm512_set1_epi32(offset));
     const __m512i least = _mm512_sub_epi32(raised, _mm512_slli_epi32(factor, 3));  // of nibble 0
-    factors = _mm512_mullo_epi32(factor, _mm512_set1_epi32(0x10001));
-    start = _mm512_mullo_epi32(_mm512_and_si512(least, _mm512_set1_epi32(255)),
-                               _mm512_set1_epi32(0x1010101));
+    factors = _mm512_add_epi32(factor, _mm512_slli_epi32(factor, 16));
+    alignas(64) static constexpr uint32_t kLowBytes[16] = {
+        0, 0x04040404, 0x08080808, 0x0c0c0c0c, 0, 0x04040404, 0x08080808, 0x0c0c0c0c,
+        0, 0x04040404, 0x08080808, 0x0c0c0c0c, 0, 0x04040404, 0x08080808, 0x0c0c0c0c};
+    start = _mm512_shuffle_epi8(least, _mm512_loadu_si512(kLowBytes));
   }
   // A product is at most 15 * 15, so that the two in a word stay apart.
   SIMD_INLINE __m512i weights(__m512i nibbles) const {
