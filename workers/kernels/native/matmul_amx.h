@@ -133,7 +133,7 @@ class BlockAfterBlock {
       TILE_ZERO(0);
       const int num_tiles = Inputs == kGroupSize ? 1 : tiles_per_scale_;  // one alone: no loop
       for (int tile = 0; tile < num_tiles; ++tile) {
-        fetch_.template advance<2>();  // few panels fit into the first-level cache beside the rest
+        fetch_.advance_to_second();
         TILE_LOAD(4, input_, Inputs);
         TILE_LOAD(6, weights_, 64);
         TILE_DOT_INT8(0, 4, 6);
@@ -236,7 +236,7 @@ class BlocksSideBySide {
       if (Blocks > 3) TILE_ZERO(3);
       int num_scaled = 0;
       for (int step = 1; step <= tiles_per_scale_; ++step) {
-        fetch.template advance<2>();  // few panels fit into the first-level cache beside the rest
+        fetch.advance_to_second();
         TILE_LOAD(6, values, 64);
         TILE_LOAD(4, inputs, Inputs);
         TILE_DOT_INT8(0, 4, 6);

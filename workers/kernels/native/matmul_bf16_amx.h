@@ -37,7 +37,7 @@ SIMD_INLINE void multiply_tiles(float* sums, const uint16_t* inputs, int64_t blo
   if (Blocks == 2) TILE_ZERO(2);
   if (Blocks * Panels == 4) TILE_ZERO(3);
   for (int64_t place = 0; place < int64_t{num_tiles} * kTileHalves; place += kTileHalves) {
-    fetch.template advance<2>();
+    fetch.advance_to_second();
     TILE_LOAD(4, inputs + place, 64);
     TILE_LOAD(6, weights[0] + place, 64);
     if (Blocks == 2) TILE_LOAD(5, inputs + block_stride + place, 64);

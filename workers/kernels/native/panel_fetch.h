@@ -22,18 +22,26 @@ class PanelFetch {
     place_ = w.panel(panel);
     end_ = place_ + nbytes;
     step_ = (nbytes / 64 + num_steps) / num_steps * 64;
+    is_small_ = nbytes <= kSmallNbytes;
   }
 
-  // A little more of it; Locality: 3 to the first-level cache, 2 to the second.
-  template <int Locality = 3>
-  inline __attribute__((always_inline)) void advance() {
+  // A little more of it, to the second-level cache, or to the first if that has room for it beside what is
+  // multiplied.
+  inline __attribute__((always_inline)) void advance() { is_small_ ? advance_to<3>() : advance_to<2>(); }
+  inline __attribute__((always_inline)) void advance_to_second() { advance_to<2>(); }
+
+ private:
+  static constexpr int64_t kSmallNbytes = 6 << 10;
+
+  template <int Locality>
+  inline __attribute__((always_inline)) void advance_to() {
     const uint8_t* until = place_ + step_;
     for (; place_ < until && place_ < end_; place_ += 64) __builtin_prefetch(place_, 0, Locality);
   }
 
- private:
   const uint8_t *place_ = nullptr, *end_ = nullptr;
   int64_t step_ = 0;
+  bool is_small_ = false;
 };
 
 }  // namespace furiosa
