@@ -319,16 +319,21 @@ def test_gate_and_up_are_quantised_at_once_or_later_with_the_same_bits(
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("kv_cache_dtype", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize(
+    ("architecture", "options"), [("llama", {}), ("mistral", {"sliding_window": 6})]
+)
 def test_what_a_block_held_before_is_never_seen(
     artifact_of: Callable[..., Artifact],
     make_executor: MakeExecutor,
     monkeypatch: pytest.MonkeyPatch,
+    architecture: str,
+    options: dict[str, int],
     kv_cache_dtype: str,
     isa: str,
 ) -> None:
     """Not even NaN, which no probability of 0 would take out of a sum."""
     poison = 200
-    artifact = artifact_of("llama", "fp32", head_dim=32)
+    artifact = artifact_of(architecture, "fp32", head_dim=32, **options)
     embed = artifact.tensor("embed").unpack()
     embed[poison] = np.nan
     poisoned = packed_tensor(embed, "fp32")
@@ -339,7 +344,7 @@ def test_what_a_block_held_before_is_never_seen(
 
     def decoded(executor: NativeExecutor) -> list[np.ndarray]:
         prompt, blocks = PROMPTS[0], [5, 2]
-        rows = [Row(0, prompt, blocks)] + [Row(i, [i], blocks) for i in range(len(prompt), 20)]
+        rows = [Row(0, prompt, blocks)] + [Row(i, [i], blocks) for i in range(len(prompt), 30)]
         return [executor.logits(step_batch([row])) for row in rows]
 
     clean, used = (

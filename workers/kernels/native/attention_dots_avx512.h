@@ -27,7 +27,8 @@ struct AttentionProducts {
 
   static void score(float* scores, const HalvesRoom& room, int num_queries, const HalvesPiece& piece,
                     int head_dim, FetchAhead* ahead) {
-    const Groups keys = piece.is_paired ? piece.keys : packed_groups(room.keys, head_dim);
+    const Groups keys = piece.is_paired ? from_first_of(piece.span, piece.keys)
+                                        : packed_groups(room.keys, head_dim);
     if (!piece.is_paired) pack_keys<kKeysPerFetch>(room.keys, piece, head_dim, ahead);
     memory_fence();
     for_tiles(0, num_queries, [&](int query, auto rows) __attribute__((always_inline)) {

@@ -2,7 +2,7 @@
 // keys and values are. What is kept between pieces stays float32.
 //
 // Products take keys in blocks of 16, by pairs of dimensions, and values by pairs of positions. So a
-// paired cache has them (KernelTable::takes_pairs); otherwise a piece's keys are transposed and its values
+// paired cache has them (kv_cache.h); otherwise a piece's keys are transposed and its values
 // interleaved, once for all queries of a task. Order: a score sums over head_dim
 // as the family's products do, 32 dimensions at a time; acc takes 32 positions at a time, of which
 // those that a query must not see have p = 0. So a query's bits depend neither on the other queries
@@ -88,7 +88,7 @@ inline Groups packed_groups(const uint16_t* first, int head_dim) {
   return {{first, first + stride, first + 2 * stride, first + 3 * stride}};
 }
 
-// Of a paired cache. What lies before the span's first group is taken from that one.
+// Of a paired cache; those before the span's first are not set.
 inline Groups paired_groups(const AttentionTask& task, const void* cache, const Span& span) {
   static_assert(kKeyBlock == kPairedPositions && kPieceSize % kPairedPositions == 0);
   Groups groups;
@@ -101,6 +101,13 @@ inline Groups paired_groups(const AttentionTask& task, const void* cache, const 
     groups.at[i] = static_cast<const uint16_t*>(cache) + task.places.of_block(*block_id) +
                    int64_t{offset} * task.head_dim;
   }
+  return groups;
+}
+
+// Products begin with a piece's first group. Where the span begins later, they take the span's first: what
+// comes of it is not seen, but finite.
+inline Groups from_first_of(const Span& span, Groups groups) {
+  const int first = span.begin / kKeyBlock;
   for (int i = 0; i < first; ++i) groups.at[i] = groups.at[first];
   return groups;
 }
@@ -108,7 +115,7 @@ inline Groups paired_groups(const AttentionTask& task, const void* cache, const 
 // Where a piece is in the cache: by rows, or by groups if that is paired.
 struct HalvesPiece {
   Piece<uint16_t> rows;
-  Groups keys, values;
+  Groups keys, values;  // from the span's first group on
   Span span;
   int num_groups;  // that it has a part of, or that come before it
   bool is_paired;
@@ -178,7 +185,7 @@ SIMD_INLINE Groups seen_values(const HalvesPiece& piece, uint16_t* room, int hea
     groups.at[i] = room;
     room += kKeyBlock * head_dim;
   }
-  return groups;
+  return from_first_of(piece.span, groups);
 }
 
 SIMD_INLINE void correct(float* acc, float correction, int head_dim) {

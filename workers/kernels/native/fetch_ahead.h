@@ -54,8 +54,8 @@ class FetchAhead {
       --num_left_;
     }
   }
-  // As many as it takes for all of this task's context before position `end` to be asked for; from then
-  // on not much more of it than kFetchDistance beyond.
+  // As many as it takes for all of this task's context before position `end` to be asked for. Until the next
+  // call no block of it is entered that begins 2 kFetchDistance or more beyond.
   void reach(int end) {
     limit_ = end + 2 * kFetchDistance;
     end = std::min(end, stretches_[0].end);

@@ -81,7 +81,7 @@ constexpr int kMaxQueries = 64;
 // did: so a long context can be shared out without changing a bit.
 constexpr int kPartitionSize = 256;
 
-// Positions whose keys and values lie together in a paired cache (KernelTable::takes_pairs).
+// Positions whose keys and values lie together in a paired cache (kv_cache.h).
 constexpr int kPairedPositions = 16;
 
 // Where the blocks of a layer's KV cache are, in numbers: (clusters, heads, 16 blocks, a block).
@@ -125,7 +125,7 @@ struct AttentionTask {
   const void *keys, *values;  // this KV head in block 0: (block_size, head_dim) of kv_dtype
   const float *key_scales, *value_scales;  // int8: this KV head's in block 0: (block_size,)
   FsDtype kv_dtype;          // fp32, bf16 or int8
-  bool is_paired;            // see KernelTable::takes_pairs
+  bool is_paired;            // the cache is, see kv_cache.h
   const int32_t* block_ids;
   int block_size;
   BlockPlaces places, scale_places;
@@ -163,9 +163,8 @@ struct KernelTable {
   // y = x / scale rounded half to even, n a multiple of 8. Returns the scale, max|x| / 127.
   float (*quantize_head)(int8_t* y, const float* x, int n);
   void (*attention)(const AttentionTask& task);
-  // Null for no, or whether `attention` wants a bf16 cache of this head_dim as its products take it: of each 16
-  // positions (kPairedPositions) keys as (head_dim/2 pairs of dimensions, 16 positions, 2), values as
-  // (8 pairs of positions, head_dim, 2).
+  // Whether `attention` wants a bf16 cache of this head_dim, in blocks of whole 16 positions, to be paired
+  // (kv_cache.h); null: it never does.
   bool (*takes_pairs)(int head_dim);
   // The result of one query from its state in partitions 0 .. count: `partials` (count, head_dim +
   // 2), `stride` floats from one partition to the next. scratch: attention_scratch_floats.

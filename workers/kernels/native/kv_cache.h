@@ -2,6 +2,9 @@
 // head_dim). int8 has a float32 scale per head and position besides: (clusters, kv_heads, 16 blocks,
 // block_size).
 //
+// A paired cache (KernelTable::takes_pairs) has its positions by 16, in pairs: keys (head_dim/2 pairs of
+// dimensions, 16 positions, 2), values (8 pairs of positions, head_dim, 2), in the place of 16 rows.
+//
 // What attention reads is of one head. A cluster has a head's blocks of neighbouring ids, as a sequence
 // mostly has them, in one stretch, which the processor's own prefetcher follows.
 // Blocks take memory when they are first written; the address space of all is reserved at once.
@@ -64,25 +67,21 @@ class KvCache {
   // Writes head_dim values of one head at `slot`, a position counted in positions from block 0 on.
   void put_key(int layer, int kv_head, int64_t slot, const float* head,
                const KernelTable& kernels) const {
+    uint8_t* base = keys(layer, kv_head);
     if (is_paired_) {
-      put_pairs(keys(layer, kv_head), slot, head, kernels, [](uint16_t* group, int place, const uint16_t* halves, int d) {
-        std::memcpy(group + (d / 2 * kPairedPositions + place) * 2, halves, 4);
-      });
-      return;
+      put_paired_key(base, slot, head, kernels);
+    } else {
+      put(base, key_scales(layer, kv_head), slot, head, kernels);
     }
-    put(keys(layer, kv_head), key_scales(layer, kv_head), slot, head, kernels);
   }
   void put_value(int layer, int kv_head, int64_t slot, const float* head,
                  const KernelTable& kernels) const {
+    uint8_t* base = values(layer, kv_head);
     if (is_paired_) {
-      const int head_dim = head_dim_;
-      put_pairs(values(layer, kv_head), slot, head, kernels, [head_dim](uint16_t* group, int place, const uint16_t* halves, int d) {
-        uint16_t* pair = group + (place / 2 * head_dim + d) * 2 + place % 2;
-        pair[0] = halves[0], pair[2] = halves[1];
-      });
-      return;
+      put_paired_value(base, slot, head, kernels);
+    } else {
+      put(base, value_scales(layer, kv_head), slot, head, kernels);
     }
-    put(values(layer, kv_head), value_scales(layer, kv_head), slot, head, kernels);
   }
 
   const FsDtype dtype;
@@ -97,24 +96,39 @@ class KvCache {
            scale_places_.of_head(kv_head);
   }
 
+  // The 16 positions of which `slot` is one.
   uint16_t* group_of(uint8_t* base, int64_t slot) const {
-    const int64_t block = slot / block_size;
-    const int offset = static_cast<int>(slot % block_size);
+    const int64_t block = slot / block_size, offset = slot % block_size;
     return reinterpret_cast<uint16_t*>(base) + places_.of_block(block) +
-           int64_t{offset - offset % kPairedPositions} * head_dim_;
+           (offset - offset % kPairedPositions) * head_dim_;
+  }
+  int place_in_group(int64_t slot) const {
+    return static_cast<int>(slot % block_size % kPairedPositions);
   }
 
-  // Calls write(group, place, two numbers, their dimension) for all of `head` as bfloat16.
-  template <class Write>
-  void put_pairs(uint8_t* base, int64_t slot, const float* head, const KernelTable& kernels,
-                 const Write& write) const {
-    const int place = static_cast<int>(slot % block_size % kPairedPositions);
-    uint16_t* group = group_of(base, slot);
+  // Other PEs may be writing other positions of the group: nothing is written but what is the slot's own.
+  void put_paired_key(uint8_t* base, int64_t slot, const float* head, const KernelTable& kernels) const {
+    uint16_t* own = group_of(base, slot) + 2 * place_in_group(slot);
+    for_pairs(head, kernels, [own](int d, const uint16_t* pair) {
+      std::memcpy(own + d * kPairedPositions, pair, 2 * sizeof(uint16_t));
+    });
+  }
+  void put_paired_value(uint8_t* base, int64_t slot, const float* head, const KernelTable& kernels) const {
+    const int place = place_in_group(slot);
+    uint16_t* own = group_of(base, slot) + place / 2 * 2 * head_dim_ + place % 2;
+    for_pairs(head, kernels, [own](int d, const uint16_t* pair) {
+      own[2 * d] = pair[0], own[2 * d + 2] = pair[1];
+    });
+  }
+
+  // Calls body(d, dimensions d and d + 1 as bfloat16) for all of `head`.
+  template <class Body>
+  void for_pairs(const float* head, const KernelTable& kernels, const Body& body) const {
     uint16_t halves[64];
     for (int first = 0; first < head_dim_; first += 64) {
       const int count = std::min(64, head_dim_ - first);
       kernels.bf16_from_float(halves, head + first, count);
-      for (int d = 0; d < count; d += 2) write(group, place, halves + d, first + d);
+      for (int i = 0; i < count; i += 2) body(first + i, halves + i);
     }
   }
 
