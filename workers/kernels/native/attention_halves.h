@@ -3,10 +3,10 @@
 //
 // Products take keys in blocks of 16, by pairs of dimensions, and values by pairs of positions. So a
 // paired cache has them (kv_cache.h); otherwise a piece's keys are transposed and its values
-// interleaved, once for all queries of a task. Order: a score sums over head_dim
-// as the family's products do, 32 dimensions at a time; acc takes 32 positions at a time, of which
-// those that a query must not see have p = 0. So a query's bits depend neither on the other queries
-// of its task nor on how much of a piece they see.
+// interleaved, once for all queries of a task, with the same bits. Order: a score sums over head_dim as
+// the family's products do, from the first pair on; acc takes pairs of positions likewise, 16 or 32
+// positions at a time, of which those that a query must not see have p = 0. So a query's bits depend
+// neither on the other queries of its task nor on how much of a piece they see.
 // Included inside the family's namespace, after attention_kernel.h and row_kernels_avx512.h.
 
 constexpr int kKeyBlock = 16;  // keys, whose scores are made together
