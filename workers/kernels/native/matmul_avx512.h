@@ -251,6 +251,7 @@ SIMD_INLINE void run_tile16(const Matrix& w, int panel, int row, const Output& o
 // For `num_rows` rows times `Panels` panels from `panel` on: fetches the panels after those.
 template <int Panels>
 SIMD_INLINE PanelFetch fetch_after(const Matrix& w, int panel, int num_rows) {
+  if (num_rows <= kFewFloatRows && !w.is_quantized()) return PanelFetch();
   const int num_tiles = (num_rows + 7) / 8;  // or one more
   const int num_groups = (w.cols + kGroupSize - 1) / kGroupSize;
   return PanelFetch(w, panel + Panels, Panels, int64_t{num_tiles} * num_groups);

@@ -10,6 +10,10 @@
 
 namespace furiosa {
 
+// Up to so many rows, products of fp32 and bf16 weights do little else than read: the processor's own
+// prefetcher does better alone.
+constexpr int kFewFloatRows = 3;
+
 class PanelFetch {
  public:
   PanelFetch() = default;  // of nothing
