@@ -96,7 +96,7 @@ def test_logits_match_the_reference(
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("kv_cache_dtype", ["fp32", "bf16", "int8"])
-@pytest.mark.parametrize("heads", [{"head_dim": 128}, THREE_HEADS])
+@pytest.mark.parametrize("heads", [{"head_dim": 128}, {"head_dim": 96}, THREE_HEADS])
 def test_logits_of_wide_heads(
     artifact_of: Callable[..., Artifact],
     make_executor: MakeExecutor,

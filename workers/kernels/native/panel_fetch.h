@@ -32,6 +32,7 @@ class PanelFetch {
   // A little more of it, to the second-level cache, or to the first if that has room for it beside what is
   // multiplied.
   inline __attribute__((always_inline)) void advance() { is_small_ ? advance_to<3>() : advance_to<2>(); }
+  // For AMX, whose inputs, sums and weights leave the first no room even for a small panel.
   inline __attribute__((always_inline)) void advance_to_second() { advance_to<2>(); }
 
  private:
