@@ -7,9 +7,8 @@
 // the family's products do, from the first pair on; acc takes pairs of positions likewise, 16 or 32
 // positions at a time, of which those that a query must not see have p = 0. So a query's bits depend
 // neither on the other queries of its task nor on how much of a piece they see.
-// Included inside the family's namespace, after attention_kernel.h and row_kernels_avx512.h.
+// Included inside the family's namespace, after paired_groups.h and row_kernels_avx512.h.
 
-constexpr int kKeyBlock = 16;  // keys, whose scores are made together
 constexpr int kStep = 32;      // dimensions or positions, which are multiplied in one go
 
 // bfloat16 in the task's scratch.
@@ -78,30 +77,9 @@ SIMD_INLINE void interleave(uint16_t* pairs, const uint16_t* first, const uint16
 }
 #endif
 
-// A piece's keys or values, 16 positions at a time, as products take them.
-struct Groups {
-  const uint16_t* at[kPieceSize / kKeyBlock];
-};
-
 inline Groups packed_groups(const uint16_t* first, int head_dim) {
   const int stride = kKeyBlock * head_dim;
   return {{first, first + stride, first + 2 * stride, first + 3 * stride}};
-}
-
-// Of a paired cache; those before the span's first are not set.
-inline Groups paired_groups(const AttentionTask& task, const void* cache, const Span& span) {
-  static_assert(kKeyBlock == kPairedPositions && kPieceSize % kPairedPositions == 0);
-  Groups groups;
-  const int first = span.begin / kKeyBlock;
-  const int position = span.base + first * kKeyBlock;
-  const int32_t* block_id = task.block_ids + position / task.block_size;
-  int offset = position % task.block_size;
-  for (int i = first; i * kKeyBlock < span.end; ++i, offset += kKeyBlock) {
-    if (offset == task.block_size) offset = 0, ++block_id;
-    groups.at[i] = static_cast<const uint16_t*>(cache) + task.places.of_block(*block_id) +
-                   int64_t{offset} * task.head_dim;
-  }
-  return groups;
 }
 
 // Products begin with a piece's first group. Where the span begins later, they take the span's first: what
@@ -222,7 +200,8 @@ template <class Products>
 struct HalvesAttention : AttentionTiles {
   template <class Kv>
   static constexpr bool kTakesPieces = sizeof(Kv) == sizeof(uint16_t);
-  static bool takes(int head_dim) { return head_dim % kStep == 0; }
+  static bool takes_pairs(int head_dim) { return head_dim % kStep == 0; }
+  static bool takes(const AttentionTask& task) { return takes_pairs(task.head_dim); }
 
   // Before the first piece.
   static void begin(const QueryState& state, int num_queries, int head_dim, float* room) {
@@ -271,7 +250,7 @@ struct HalvesAttention : AttentionTiles {
 #if defined(FS_EMULATE_ISA)
   static void soften_to_halves(const QueryState& state, int query, int begin, int end,
                                uint16_t* probabilities) {
-    soften(state, query, begin, end);
+    soften(state, query, begin, end, kPieceSize);
     bf16_from_float(probabilities, state.scores + query * kPieceSize, kPieceSize);
   }
 #else

@@ -109,8 +109,11 @@ struct QueryState {
   float* corrections;  // (queries,) of the current piece
 };
 
-// scores -> probabilities of one query, which sees [begin, end) of the piece.
-SIMD_INLINE void soften(const QueryState& state, int query, int begin, int end) {
+// scores -> probabilities of one query, which sees [begin, end) of a piece of which no query sees what is
+// from `piece_end` on; that becomes anything.
+SIMD_INLINE void soften(const QueryState& state, int query, int begin, int end, int piece_end) {
+  begin = begin > 0 ? begin : 0, end = end < piece_end ? end : piece_end;
+  const int limit = (piece_end + 7) / 8 * 8;
   float* scores = state.scores + query * kPieceSize;
   if (begin >= end) {
     std::memset(scores, 0, kPieceSize * sizeof(float));
@@ -118,14 +121,14 @@ SIMD_INLINE void soften(const QueryState& state, int query, int begin, int end) 
     return;
   }
   for (int key = 0; key < begin; ++key) scores[key] = -INFINITY;
-  for (int key = end; key < kPieceSize; ++key) scores[key] = -INFINITY;
+  for (int key = end; key < limit; ++key) scores[key] = -INFINITY;
   F8 highest = load(scores);
-  for (int key = 8; key < kPieceSize; key += 8) highest = max(highest, load(scores + key));
+  for (int key = 8; key < limit; key += 8) highest = max(highest, load(scores + key));
   const float before = state.largest[query];
   const float piece_max = max_lane(highest);
   const float largest = before > piece_max ? before : piece_max;
   F8 total = splat(0.0f);
-  for (int key = 0; key < kPieceSize; key += 8) {
+  for (int key = 0; key < limit; key += 8) {
     const F8 p = exp(sub(load(scores + key), splat(largest)));
     store(scores + key, p);
     total = add(total, p);
@@ -160,7 +163,7 @@ SIMD_INLINE void for_queries(int query, int num_queries, const Body& body) {
 // How a family scores and adds up tiles of many queries, if it has a way of its own: each returns how
 // many of the first queries it has done.
 struct NoTiles {
-  // Whether whole pieces of this type are the family's, where it `takes` the head_dim.
+  // Whether whole pieces of this type are the family's, where it `takes` the task.
   template <class Kv>
   static constexpr bool kTakesPieces = false;
   static SIMD_INLINE int score(const QueryState&, int, int, const Piece<float>&) { return 0; }
@@ -188,7 +191,7 @@ SIMD_INLINE void attend_piece(const QueryState& state, int num_queries, int head
     visible(query, &begin, &end);
     float* scores = state.scores + query * kPieceSize;
     if (has_scales) apply_scales(scores, piece.scales[0]);
-    soften(state, query, begin > 0 ? begin : 0, end < kPieceSize ? end : kPieceSize);
+    soften(state, query, begin, end, piece.end);
     if (has_scales) apply_scales(scores, piece.scales[1]);
   }
   if constexpr (sizeof(Kv) == sizeof(float)) {
@@ -299,7 +302,7 @@ void attend(const AttentionTask& task) {
 
   bool is_tiled = false;
   if constexpr (Tiles::template kTakesPieces<Kv>) {
-    is_tiled = Tiles::takes(head_dim);
+    is_tiled = Tiles::takes(task);
     if (is_tiled) Tiles::begin(state, num_queries, head_dim, room);
   }
 

@@ -60,6 +60,8 @@ constexpr auto quantize16 = quantize;
 
 #include "quantize_amx.h"
 
+#include "paired_groups.h"
+
 #include "attention_halves.h"
 
 #include "attention_amx.h"

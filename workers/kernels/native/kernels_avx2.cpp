@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -23,6 +24,10 @@ constexpr bool kAddsPairsInWords = true;  // see row_kernels.h
 #include "row_kernels.h"
 
 #include "attention_kernel.h"
+
+#include "paired_groups.h"
+
+#include "attention_pairs_avx2.h"
 
 #include "matmul_avx2.h"
 
@@ -53,8 +58,8 @@ const KernelTable kAvx2Kernels = {
     avx2::rotate,
     avx2::bf16_from_float,
     avx2::quantize_head,
-    avx2::attention<avx2::NoTiles>,
-    nullptr,
+    avx2::attention<avx2::PairsAttention>,
+    avx2::takes_pairs,
     avx2::merge_attention,
     avx2::max_finite,
     avx2::exp_double,

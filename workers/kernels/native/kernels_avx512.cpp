@@ -57,12 +57,14 @@ constexpr bool (*takes_pairs)(int) = nullptr;
 #include "attention_avx512.h"
 #include "row_kernels_avx512.h"
 
+#include "paired_groups.h"
+
 #include "attention_halves.h"
 
 #include "attention_dots_avx512.h"
 
 bool takes_pairs(int head_dim) {
-  return has_fast_bf16_dot() && HalvesAttention<AttentionProducts>::takes(head_dim);
+  return has_fast_bf16_dot() && HalvesAttention<AttentionProducts>::takes_pairs(head_dim);
 }
 
 void attention16(const AttentionTask& task) {
