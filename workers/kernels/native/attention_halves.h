@@ -7,7 +7,7 @@
 // the family's products do, from the first pair on; acc takes pairs of positions likewise, 16 or 32
 // positions at a time, of which those that a query must not see have p = 0. So a query's bits depend
 // neither on the other queries of its task nor on how much of a piece they see.
-// Included inside the family's namespace, after paired_groups.h and row_kernels_avx512.h.
+// Included inside the family's namespace, after halves_piece.h and row_kernels_avx512.h.
 
 constexpr int kStep = 32;      // dimensions or positions, which are multiplied in one go
 
@@ -88,29 +88,6 @@ inline Groups from_first_of(const Span& span, Groups groups) {
   const int first = span.begin / kKeyBlock;
   for (int i = 0; i < first; ++i) groups.at[i] = groups.at[first];
   return groups;
-}
-
-// Where a piece is in the cache: by rows, or by groups if that is paired.
-struct HalvesPiece {
-  Piece<uint16_t> rows;
-  Groups keys, values;  // from the span's first group on
-  Span span;
-  int num_groups;  // that it has a part of, or that come before it
-  bool is_paired;
-
-  HalvesPiece(const AttentionTask& task, const Span& span)
-      : span(span), num_groups((span.end + kKeyBlock - 1) / kKeyBlock), is_paired(task.is_paired) {
-    if (is_paired) {
-      keys = paired_groups(task, task.keys, span), values = paired_groups(task, task.values, span);
-    } else {
-      find_piece(task, span, &rows);
-    }
-  }
-};
-
-// The place of a position outside the piece is one inside: what is there is not seen, but finite.
-inline const uint16_t* row_of(const HalvesPiece& piece, int part, int key) {
-  return piece.rows.rows[part][std::clamp(key, piece.span.begin, piece.span.end - 1)];
 }
 
 // `ahead` goes on by one in so many positions; 0: not at all.
@@ -200,8 +177,7 @@ template <class Products>
 struct HalvesAttention : AttentionTiles {
   template <class Kv>
   static constexpr bool kTakesPieces = sizeof(Kv) == sizeof(uint16_t);
-  static bool takes_pairs(int head_dim) { return head_dim % kStep == 0; }
-  static bool takes(const AttentionTask& task) { return takes_pairs(task.head_dim); }
+  static bool takes(int head_dim) { return head_dim % kStep == 0; }
 
   // Before the first piece.
   static void begin(const QueryState& state, int num_queries, int head_dim, float* room) {

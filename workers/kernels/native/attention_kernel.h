@@ -163,7 +163,7 @@ SIMD_INLINE void for_queries(int query, int num_queries, const Body& body) {
 // How a family scores and adds up tiles of many queries, if it has a way of its own: each returns how
 // many of the first queries it has done.
 struct NoTiles {
-  // Whether whole pieces of this type are the family's, where it `takes` the task.
+  // Whether whole pieces of this type are the family's, where it `takes` the head_dim.
   template <class Kv>
   static constexpr bool kTakesPieces = false;
   static SIMD_INLINE int score(const QueryState&, int, int, const Piece<float>&) { return 0; }
@@ -302,7 +302,7 @@ void attend(const AttentionTask& task) {
 
   bool is_tiled = false;
   if constexpr (Tiles::template kTakesPieces<Kv>) {
-    is_tiled = Tiles::takes(task);
+    is_tiled = Tiles::takes(head_dim);
     if (is_tiled) Tiles::begin(state, num_queries, head_dim, room);
   }
 

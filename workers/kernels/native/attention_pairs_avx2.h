@@ -6,11 +6,11 @@
 // all queries of a task, with the same bits.
 // Order: a score adds up its even dimensions and its odd ones apart, each from left to right, then both;
 // acc takes positions in ascending order. So a query's bits do not depend on the others of its task.
-// Included inside the family's namespace, after paired_groups.h.
+// Included inside the family's namespace, after halves_piece.h.
 
 // The innermost products: one to three queries times 16 pairs, in assembly. They take all 16 registers: 12
 // sums, the mask and, by name, the halves of 16 pairs and a query's factor. From intrinsics, or given a choice
-// of these, GCC 12 keeps some sums in memory, which takes a fifth to a third more time. I: the query, S:
+// of these, GCC 12 keeps some sums in memory, which takes up to 1.4 times as long. I: the query, S:
 // which sums, X: the address of the factor.
 #define PAIRS_QUERY(I, S, X)                           \
   "vbroadcastss " X ", %%ymm15\n\t"                    \
@@ -100,8 +100,7 @@ SIMD_INLINE void pair_values(uint16_t* pairs, const uint16_t* const (&rows)[kKey
 struct PairsAttention : NoTiles {
   template <class Kv>
   static constexpr bool kTakesPieces = sizeof(Kv) == sizeof(uint16_t);
-  static bool takes_pairs(int head_dim) { return head_dim % kDims == 0; }
-  static bool takes(const AttentionTask& task) { return takes_pairs(task.head_dim); }
+  static bool takes(int head_dim) { return head_dim % kDims == 0; }
   static void begin(const QueryState&, int, int, float*) {}
   static void end() {}
 
@@ -109,17 +108,13 @@ struct PairsAttention : NoTiles {
   static void attend(const AttentionTask& task, const QueryState& state, int num_queries,
                      const Span& span, FetchAhead* ahead, const Visible& visible, float* room) {
     const int head_dim = task.head_dim;
-    Groups keys, values;
-    if (task.is_paired) {
-      keys = paired_groups(task, task.keys, span), values = paired_groups(task, task.values, span);
-    } else {
-      pair_rows(task, span, room, &keys, &values);
-    }
+    HalvesPiece piece(task, span);
+    if (!piece.is_paired) pair_rows(&piece, head_dim, reinterpret_cast<uint16_t*>(room));
     for_queries(0, num_queries, [&](int query, auto count) __attribute__((always_inline)) {
-      for (int group = span.begin / kKeyBlock; group * kKeyBlock < span.end; ++group) {
+      for (int group = span.begin / kKeyBlock; group < piece.num_groups; ++group) {
         score_group<decltype(count)::value>(
             state.scores + query * kPieceSize + group * kKeyBlock, state.q + query * head_dim,
-            keys.at[group], head_dim, query == 0 ? ahead : nullptr);
+            piece.keys.at[group], head_dim, query == 0 ? ahead : nullptr);
       }
     });
     for (int query = 0; query < num_queries; ++query) {
@@ -130,9 +125,9 @@ struct PairsAttention : NoTiles {
     }
     for_queries(0, num_queries, [&](int query, auto count) __attribute__((always_inline)) {
       for (int d = 0; d < head_dim; d += kDims) {
-        add_groups<decltype(count)::value>(
+        add_span<decltype(count)::value>(
             state.acc + query * head_dim + d, state.corrections + query,
-            state.scores + query * kPieceSize, values, 2 * d, span, head_dim,
+            state.scores + query * kPieceSize, piece, 2 * d, head_dim,
             query == 0 ? ahead : nullptr);
       }
     });
@@ -144,22 +139,19 @@ struct PairsAttention : NoTiles {
   // scored, and added up, for the first queries; and before each softmax of few queries.
   static constexpr int kAsked = 8, kAskedBetween = 2, kMostFew = 8;
 
-  // Of rows, in `room`.
-  static void pair_rows(const AttentionTask& task, const Span& span, float* room, Groups* keys,
-                        Groups* values) {
-    Piece<uint16_t> piece;
-    find_piece(task, span, &piece);
-    const int head_dim = task.head_dim, group_size = kKeyBlock * head_dim;
-    uint16_t* pairs = reinterpret_cast<uint16_t*>(room);
-    for (int group = span.begin / kKeyBlock; group * kKeyBlock < span.end; ++group) {
-      for (int part = 0; part < 2; ++part, pairs += group_size) {
-        const uint16_t* rows[kKeyBlock];
-        for (int i = 0; i < kKeyBlock; ++i) {  // one outside the span stands for any
-          rows[i] = piece.rows[part][std::clamp(group * kKeyBlock + i, span.begin, span.end - 1)];
-        }
-        part == 0 ? pair_keys(pairs, rows, head_dim) : pair_values(pairs, rows, head_dim);
-        (part == 0 ? keys : values)->at[group] = pairs;
+  // Finds the groups of a piece that is in rows, made of these in `room`.
+  static void pair_rows(HalvesPiece* piece, int head_dim, uint16_t* room) {
+    const int group_size = kKeyBlock * head_dim;
+    for (int group = piece->span.begin / kKeyBlock; group < piece->num_groups; ++group) {
+      const uint16_t *keys[kKeyBlock], *values[kKeyBlock];
+      for (int i = 0; i < kKeyBlock; ++i) {
+        keys[i] = row_of(*piece, 0, group * kKeyBlock + i);
+        values[i] = row_of(*piece, 1, group * kKeyBlock + i);
       }
+      pair_keys(room, keys, head_dim);
+      pair_values(room + group_size, values, head_dim);
+      piece->keys.at[group] = room, piece->values.at[group] = room + group_size;
+      room += 2 * group_size;
     }
   }
 
@@ -187,9 +179,8 @@ struct PairsAttention : NoTiles {
   // acc = acc * corrections + p times values: of N queries, 32 dimensions, whose pairs begin at `place` in
   // those of two positions.
   template <int N>
-  static SIMD_INLINE void add_groups(float* acc, const float* corrections, const float* p,
-                                     const Groups& values, int place, const Span& span, int head_dim,
-                                     FetchAhead* ahead) {
+  static SIMD_INLINE void add_span(float* acc, const float* corrections, const float* p,
+                                   const HalvesPiece& piece, int place, int head_dim, FetchAhead* ahead) {
     constexpr int64_t kStride = kPieceSize * sizeof(float);
     const __m256i upper = upper_halves();
     F8 sums[2][N][2];
@@ -199,10 +190,11 @@ struct PairsAttention : NoTiles {
       }
     }
     EvenFetch fetch(ahead, kDims * kAsked, head_dim * kKeyBlock / 2);
-    for (int group = span.begin / kKeyBlock; group * kKeyBlock < span.end; ++group) {
+    const Span span = piece.span;
+    for (int group = span.begin / kKeyBlock; group < piece.num_groups; ++group) {
       const int base = group * kKeyBlock, end = std::min(span.end, base + kKeyBlock);
-      const uint16_t* pairs = values.at[group] + place;
-      const auto pair_of = [&](int key) { return pairs + (key - base) / 2 * 2 * head_dim; };
+      const uint16_t* pairs = piece.values.at[group] + place;
+      const auto pair_of = [&](int key) { return pairs + (key - base) * head_dim; };
       // Of the first pair the span may have the second position only; no query sees the other, so p = 0.
       int key = std::max(span.begin, base) / 2 * 2;
       for (; key + 2 <= end; key += 2) {
@@ -218,4 +210,4 @@ struct PairsAttention : NoTiles {
   }
 };
 
-bool takes_pairs(int head_dim) { return PairsAttention::takes_pairs(head_dim); }
+bool takes_pairs(int head_dim) { return PairsAttention::takes(head_dim); }

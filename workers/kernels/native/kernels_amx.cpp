@@ -60,7 +60,7 @@ constexpr auto quantize16 = quantize;
 
 #include "quantize_amx.h"
 
-#include "paired_groups.h"
+#include "halves_piece.h"
 
 #include "attention_halves.h"
 

@@ -25,7 +25,7 @@ constexpr bool kAddsPairsInWords = true;  // see row_kernels.h
 
 #include "attention_kernel.h"
 
-#include "paired_groups.h"
+#include "halves_piece.h"
 
 #include "attention_pairs_avx2.h"
 

@@ -46,7 +46,7 @@ constexpr bool kAddsPairsInWords = false;  // see row_kernels.h
 
 #include "matmul_nested4_avx512.h"
 
-#if defined(FS_EMULATE_ISA)  // without AVX512-BF16, and what is the same bits as the AVX2 family's anyway
+#if defined(FS_EMULATE_ISA)  // without AVX512-BF16, and what has the same bits in plainer form anyway
 using AttentionTiles = NoTiles;
 constexpr auto quantize16 = quantize;
 constexpr auto swiglu16 = swiglu;
@@ -57,14 +57,14 @@ constexpr bool (*takes_pairs)(int) = nullptr;
 #include "attention_avx512.h"
 #include "row_kernels_avx512.h"
 
-#include "paired_groups.h"
+#include "halves_piece.h"
 
 #include "attention_halves.h"
 
 #include "attention_dots_avx512.h"
 
 bool takes_pairs(int head_dim) {
-  return has_fast_bf16_dot() && HalvesAttention<AttentionProducts>::takes_pairs(head_dim);
+  return has_fast_bf16_dot() && HalvesAttention<AttentionProducts>::takes(head_dim);
 }
 
 void attention16(const AttentionTask& task) {
