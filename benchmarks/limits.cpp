@@ -48,6 +48,7 @@ void clear_registers() { asm volatile("vzeroall" ::: CLOBBERS_256); }
 #define FMA_512(n) "vfmadd231ps %%zmm1, %%zmm2, %%zmm" #n "\n"
 #define BF16_512(n) "vdpbf16ps %%zmm1, %%zmm2, %%zmm" #n "\n"
 #define VNNI_512(n) "vpdpbusd %%zmm1, %%zmm2, %%zmm" #n "\n"
+#define VNNI_256(n) "%{vex%} vpdpbusd %%ymm1, %%ymm2, %%ymm" #n "\n"
 #define INT8_256(n) \
   "vpmaddubsw %%ymm1, %%ymm2, %%ymm0\n vpmaddwd %%ymm3, %%ymm0, %%ymm0\n" \
   "vpaddd %%ymm0, %%ymm" #n ", %%ymm" #n "\n"
@@ -70,6 +71,7 @@ BODY(int8_256, INT8_256)
 BODY(fp32_512, FMA_512)
 BODY(bf16_512, BF16_512)
 BODY(vnni_512, VNNI_512)
+BODY(vnni_256, VNNI_256)
 
 void int4_256() {
   clear_registers();
@@ -129,6 +131,7 @@ bool has_amx(unsigned bit) {
 
 std::vector<Mode> modes() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avxvnni = __builtin_cpu_supports("avxvnni") != 0;
   const bool avx512 = __builtin_cpu_supports("avx512bw") != 0;
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
@@ -136,6 +139,7 @@ std::vector<Mode> modes() {
       {"fp32-256", avx2, fp32_256, 8 * 2},
       {"int8-256", avx2, int8_256, 32 * 2},
       {"int4-256", avx2, int4_256, 8 * 32 * 2},
+      {"vnni-256", avxvnni, vnni_256, 32 * 2},
       {"fp32-512", avx512, fp32_512, 16 * 2},
       {"bf16-512", bf16, bf16_512, 32 * 2},
       {"vnni-512", vnni, vnni_512, 64 * 2},

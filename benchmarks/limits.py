@@ -28,11 +28,13 @@ NUM_RUNS = 3
 ISA_MODES = {
     "portable": ("int8-256", "int4-256", "fp32-256", "fp32-256"),
     "avx2": ("int8-256", "int4-256", "fp32-256", "fp32-256"),
+    "avxvnni": ("vnni-256", "vnni-256", "fp32-256", "fp32-256"),
     "avx512": ("vnni-512", "vnni-512", "fp32-512", "bf16-512"),
     "amx": ("amx-int8", "amx-int8", "fp32-512", "amx-bf16"),
 }
 MODES = (
-    "int8-256", "int4-256", "vnni-512", "amx-int8", "bf16-512", "amx-bf16", "fp32-256", "fp32-512",
+    "int8-256", "int4-256", "vnni-256", "vnni-512", "amx-int8", "bf16-512", "amx-bf16", "fp32-256",
+    "fp32-512",
 )  # fmt: skip
 
 

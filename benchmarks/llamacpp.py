@@ -23,14 +23,16 @@ CMAKE_ARGS = (
     "-DCMAKE_BUILD_TYPE=Release", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF",
     "-DLLAMA_BUILD_SERVER=OFF", "-DLLAMA_BUILD_APP=OFF", "-DLLAMA_OPENSSL=OFF",
 )  # fmt: skip
+_AVX2_ARGS = (
+    "-DGGML_NATIVE=OFF", "-DGGML_SSE42=ON", "-DGGML_AVX=ON", "-DGGML_AVX2=ON",
+    "-DGGML_FMA=ON", "-DGGML_F16C=ON", "-DGGML_BMI2=ON",
+)  # fmt: skip
 # What it may use of the CPU, by our name of the kernel family; None: all there is.
 ISA_ARGS = {
     None: ("-DGGML_NATIVE=ON",),
-    "avx2": (
-        "-DGGML_NATIVE=OFF", "-DGGML_SSE42=ON", "-DGGML_AVX=ON", "-DGGML_AVX2=ON",
-        "-DGGML_FMA=ON", "-DGGML_F16C=ON", "-DGGML_BMI2=ON",
-    ),
-}  # fmt: skip
+    "avx2": _AVX2_ARGS,
+    "avxvnni": (*_AVX2_ARGS, "-DGGML_AVX_VNNI=ON"),
+}
 # GCC 12's _tile_loadconfig says that it reads 8 bytes, so the stores to the rest of the 64-byte
 # configuration are dropped as dead and the AMX code dies. This says what the instruction reads.
 _TILE_SOURCE = "ggml/src/ggml-cpu/amx/mmq.cpp"

@@ -153,7 +153,16 @@ def _cpu(machine: Machine) -> Result:
     flags = set(
         " ".join(re.findall(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)).split()
     )
-    wanted = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "asimddp")
+    wanted = (
+        "avx2",
+        "fma",
+        "avx_vnni",
+        "avx512f",
+        "avx512_vnni",
+        "avx512_bf16",
+        "amx_tile",
+        "asimddp",
+    )
     name = model[1] if model else platform.machine()
     line = f"{name}: {' '.join(flag for flag in wanted if flag in flags) or 'no vector extension'}"
     if platform.machine() == "x86_64" and not {"avx2", "fma"} <= flags:

@@ -40,7 +40,7 @@ def compile_all(
 
 
 def build_emulated(compiler: str, directory: Path) -> Path:
-    """The library with AVX-512 and AMX families that run on any AVX2 CPU."""
+    """The library with AVX-VNNI, AVX-512 and AMX families that run on any AVX2 CPU."""
     flags = ("-DFS_EMULATE_ISA", f"-I{EMULATION}", "-Wno-psabi")
     objects = compile_all(compiler, directory, sorted(NATIVE.glob("*.cpp")), flags=flags)
     library = directory / "emulated.so"

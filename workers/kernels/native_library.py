@@ -19,7 +19,7 @@ from furiosa_llm.errors import ArtifactError, FuriosaLLMError, InvalidRequestErr
 
 ABI_VERSION = 2
 ISA_VARIABLE = "FURIOSA_SERVE_ISA"
-KNOWN_ISAS = ("amx", "avx512", "avx2", "neon", "portable")  # of all CPUs, best first
+KNOWN_ISAS = ("amx", "avx512", "avxvnni", "avx2", "neon", "portable")  # of all CPUs, best first
 
 # FsStatus
 _OK, _INVALID_BATCH, _INVALID_ARTIFACT, _INVALID_CONFIG = 0, 1, 2, 3

@@ -171,7 +171,7 @@ struct PairsAttention : NoTiles {
     }
     for (int i = 0; i < N; ++i) {
       for (int half = 0; half < 2; ++half) {
-        store(scores + i * kPieceSize + 8 * half, avx2::add(sums[0][i][half], sums[1][i][half]));
+        store(scores + i * kPieceSize + 8 * half, _mm256_add_ps(sums[0][i][half], sums[1][i][half]));
       }
     }
   }

@@ -10,6 +10,9 @@
 // row's inputs; D: the number of its sums. Weights of quad Q: outputs 0-7 at 64 Q, 8-15 32 further.
 // Included inside the family's namespace, after simd_avx2.h.
 
+// Rows of a tile at most.
+constexpr int kMaxTileRows = 4;
+
 #define DOT_ROWS_1(ROW, Q) ROW(Q, "(%[x])", "0")
 #define DOT_ROWS_2(ROW, Q) DOT_ROWS_1(ROW, Q) ROW(Q, "(%[x],%[stride])", "1")
 #define DOT_ROWS_3(ROW, Q) DOT_ROWS_2(ROW, Q) ROW(Q, "(%[x],%[stride],2)", "2")

@@ -11,7 +11,7 @@ namespace {
 
 const KernelTable* const kTables[] = {
 #if defined(__x86_64__)
-    &kAmxKernels, &kAvx512Kernels, &kAvx2Kernels,
+    &kAmxKernels, &kAvx512Kernels, &kAvxVnniKernels, &kAvx2Kernels,
 #elif defined(__aarch64__)
     &kNeonKernels,
 #endif

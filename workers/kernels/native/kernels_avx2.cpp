@@ -33,6 +33,8 @@ constexpr bool kAddsPairsInWords = true;  // see row_kernels.h
 
 #include "dot_avx2.h"
 
+#include "int_tiles_avx2.h"
+
 #include "matmul_int_avx2.h"
 
 #include "matmul_nested4_avx2.h"

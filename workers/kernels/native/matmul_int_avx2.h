@@ -1,24 +1,8 @@
-// int8 and int4 products of the AVX2 family, in tiles of 1 to 4 rows by one panel (16 outputs).
-//
-// Few rows take the panel as it is packed. Many rows share one unpacking of it, a chunk of groups
-// at a time that stays in the first-level cache while all rows go past; between chunks a row's 16
-// sums wait in memory. Either way an output's sum goes over the groups from left to right:
-//     acc = fma(dot, input scale * weight scale, acc), then fma(scaled sum, min, acc)
-// with `dot` exact, so that its bits depend neither on the number of rows nor on the chunks.
-// Included inside the family's namespace, after dot_avx2.h and matmul_avx2.h.
+// int8 and int4 products of the AVX2 family.
+// Included inside the family's namespace, after dot_avx2.h and int_tiles_avx2.h.
 
 // From so many rows on, unpacking a panel pays. Measured on Zen 3 and Zen 4.
 constexpr int kManyRows = 28;
-
-SIMD_INLINE F8 load_half(const uint16_t* halves) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves)));
-}
-
-// Weights of a panel that share a scale, with inputs that do, and what their dot products are scaled with.
-struct Group {
-  const uint8_t* weights;
-  F8 scales[2], mins[2];
-};
 
 // An unpacked group of int8.
 struct alignas(64) SplitGroup {
@@ -33,9 +17,7 @@ struct alignas(64) NibbleGroup {
   float scales[kPanelRows], mins[kPanelRows];
 };
 
-// A type of weights as it is packed (Packed..., Rotated) or unpacked (Split, Nibbles): `dots` gives the
-// exact dot products of group `g` and `Rows` rows, of inputs() each. `index` is the place of the first row's
-// group among all rows' groups.
+// Types of weights as they are packed (Packed..., Rotated) or unpacked (Split, Nibbles): int_tiles_avx2.h.
 
 struct PackedInt8 {
   static constexpr bool kHasMin = false;
@@ -174,96 +156,6 @@ struct Nibbles {
     widen_nibbles<HasMin>(dot, x, index);
   }
 };
-
-// Adds groups [0, count) of `weights`, which are the row's groups from `first_group` on, to the
-// sums of `Rows` rows (16 floats each).
-template <int Rows, class Weights>
-SIMD_INLINE void add_groups(float* sums, const Weights& weights, int count, int first_group,
-                            const Activations& inputs, int row, PanelFetch& fetch) {
-  const Activations x = inputs;  // a copy stays in registers over the stores
-  const int64_t num_groups = x.cols / weights.inputs();
-  const int64_t first = row * num_groups + first_group;
-  for (int g = 0; g < count; ++g) {
-    const Group group = weights.group(g);
-    __m256i dot[Rows][2];
-    weights.template dots<Rows>(dot, group, g, x, first + g, fetch);
-#pragma GCC unroll 4
-    for (int m = 0; m < Rows; ++m) {
-      const int64_t index = first + m * num_groups + g;
-      const F8 scale = splat(x.scales[index]);
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half) {
-        float* sum = sums + m * kPanelRows + half * 8;
-        F8 acc = fma(_mm256_cvtepi32_ps(dot[m][half]), mul(scale, group.scales[half]), load(sum));
-        if (Weights::kHasMin) acc = fma(splat(x.scaled_sums[index]), group.mins[half], acc);
-        store(sum, acc);
-      }
-    }
-  }
-}
-
-// The same for rows [row_begin, row_end); the sums of the first row come first.
-template <class Weights>
-SIMD_INLINE void add_groups(float* sums, const Weights& weights, int count, int first_group,
-                            const Activations& x, int row_begin, int row_end,
-                            PanelFetch& fetch) {
-  int row = row_begin;
-  for (; row + 4 <= row_end; row += 4, sums += 4 * kPanelRows) {
-    add_groups<4>(sums, weights, count, first_group, x, row, fetch);
-  }
-  switch (row_end - row) {
-    case 3: add_groups<3>(sums, weights, count, first_group, x, row, fetch); break;
-    case 2: add_groups<2>(sums, weights, count, first_group, x, row, fetch); break;
-    case 1: add_groups<1>(sums, weights, count, first_group, x, row, fetch); break;
-    default: break;
-  }
-}
-
-SIMD_INLINE void store_rows(const float* sums, const Matrix& w, int panel, int row_begin,
-                            int row_end, const Output& out) {
-  for (int row = row_begin; row < row_end; ++row, sums += kPanelRows) {
-    const Tile<1> acc = {{load(sums), load(sums + 8)}};
-    store_tile<1>(acc, w, panel, row, out);
-  }
-}
-
-// It goes on with each group or, where several share a scale, each pair of them.
-SIMD_INLINE PanelFetch fetch_next(const Matrix& w, int panel, int num_rows) {
-  const int num_steps = w.cols / std::min(w.scale_group, kPairSize);
-  return PanelFetch(w, panel + 1, 1, int64_t{(num_rows + 3) / 4} * num_steps);
-}
-
-// A panel as it is packed; `scratch` holds the sums.
-template <class Weights>
-SIMD_INLINE void multiply_packed(const Weights& weights, const Matrix& w, int panel,
-                                 const Activations& x, int row_begin, int row_end,
-                                 const Output& out, void* scratch) {
-  float* sums = static_cast<float*>(scratch);
-  std::memset(sums, 0, static_cast<size_t>(row_end - row_begin) * kPanelRows * sizeof(float));
-  PanelFetch fetch = fetch_next(w, panel, row_end - row_begin);
-  add_groups(sums, weights, w.cols / weights.inputs(), 0, x, row_begin, row_end, fetch);
-  store_rows(sums, w, panel, row_begin, row_end, out);
-}
-
-// Many rows. What shares a scale is unpacked into `per_scale` places of a chunk: unpack(place, i) fills one
-// with the i-th of the row.
-template <class Weights, class Unpacked, class Unpack>
-SIMD_INLINE void multiply_unpacked(const Matrix& w, int panel, const Activations& x,
-                                   int row_begin, int row_end, const Output& out, void* scratch,
-                                   const Unpack& unpack, int per_scale = 1) {
-  // With the inputs of four rows, about what the first-level cache holds.
-  const int num_scales_at_once = 24 * 1024 / static_cast<int>(sizeof(Unpacked)) / per_scale;
-  float* sums = static_cast<float*>(scratch);
-  Unpacked* chunk = reinterpret_cast<Unpacked*>(sums + kMaxMatmulRows * kPanelRows);
-  PanelFetch fetch = fetch_next(w, panel, row_end - row_begin);
-  std::memset(sums, 0, static_cast<size_t>(row_end - row_begin) * kPanelRows * sizeof(float));
-  for (int first = 0; first < w.num_scales(); first += num_scales_at_once) {
-    const int count = std::min(w.num_scales() - first, num_scales_at_once);
-    for (int i = 0; i < count * per_scale; ++i) unpack(chunk[i], first * per_scale + i);
-    add_groups(sums, Weights{chunk, per_scale}, count, first, x, row_begin, row_end, fetch);
-  }
-  store_rows(sums, w, panel, row_begin, row_end, out);
-}
 
 SIMD_INLINE void unpack_int8(SplitGroup& to, const Group& from) {
   const __m256i zero = _mm256_setzero_si256(), ones = _mm256_set1_epi8(1);
