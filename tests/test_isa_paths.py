@@ -26,7 +26,7 @@ from test_native_matmul import DTYPES, aligned_tensor, is_whole, packed_tensor
 from tiny_models import tiny_artifact
 
 from furiosa_llm.errors import InvalidRequestError
-from furiosa_llm.workers.artifact.artifact import Tensor
+from furiosa_llm.workers.artifact.artifact import Artifact, Tensor
 from furiosa_llm.workers.artifact.packing import pack_quantized
 from furiosa_llm.workers.artifact.quantize import QuantizedRows
 from furiosa_llm.workers.artifact.rotation import hadamard
@@ -215,6 +215,30 @@ def test_floats_in_columns_that_fill_no_tile(isa: str, cols: int) -> None:
         assert np.array_equal(native.matmul(tensor, x[:5], isa=isa), y[:5])
 
 
+def run_model(
+    artifact: Artifact,
+    isa: str,
+    kv_cache_dtype: str = "bf16",
+    *,
+    chunk: int = 128,
+    together: bool = True,
+    num_pes: int = 2,
+    block_size: int = 16,
+) -> np.ndarray:
+    executor = NativeExecutor(
+        artifact,
+        num_blocks=1024 // block_size,
+        block_size=block_size,
+        kv_cache_dtype=kv_cache_dtype,
+        cpus=((),) * num_pes,
+        max_num_batched_tokens=256,
+        isa=isa,
+    )
+    logits = all_logits(executor, chunk, together, block_size)
+    executor.close()
+    return logits
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("isa", EMULATED)
@@ -234,37 +258,29 @@ def test_a_model_gives_the_same_logits_however_it_is_run(
     tmp_path: Path, isa: str, weights: str, options: dict[str, int]
 ) -> None:
     artifact = tiny_artifact(tmp_path, "llama", weights, **options)
-
-    def run(
-        isa: str, *, chunk: int, together: bool, num_pes: int, kv_cache_dtype: str = "bf16"
-    ) -> np.ndarray:
-        executor = NativeExecutor(
-            artifact,
-            num_blocks=64,
-            block_size=16,
-            kv_cache_dtype=kv_cache_dtype,
-            cpus=((),) * num_pes,
-            max_num_batched_tokens=256,
-            isa=isa,
-        )
-        logits = all_logits(executor, chunk, together, 16)
-        executor.close()
-        return logits
-
-    together = run(isa, chunk=128, together=True, num_pes=2)
-    assert np.array_equal(run(isa, chunk=19, together=False, num_pes=1), together)
-    if isa != "amx" and weights in ("fp32", "bf16"):  # families differ with a bf16 cache alone
-        ours, avx2 = (
-            run(name, chunk=128, together=True, num_pes=2, kv_cache_dtype="fp32")
-            for name in (isa, "avx2")
-        )
-        assert np.array_equal(ours, avx2)
+    together = run_model(artifact, isa, chunk=128, together=True, num_pes=2)
+    in_parts = run_model(artifact, isa, chunk=19, together=False, num_pes=1)
+    assert np.array_equal(in_parts, together)
+    if weights == "fp32" or (weights == "bf16" and isa != "amx"):
+        for kv_cache_dtype in ("fp32", "int8"):  # families differ with a bf16 cache alone
+            ours, avx2 = (run_model(artifact, name, kv_cache_dtype) for name in (isa, "avx2"))
+            assert np.array_equal(ours, avx2)
     cache = {"num_blocks": 64, "block_size": 16, "kv_cache_dtype": "bf16"}
     near = all_logits(ReferenceExecutor(artifact, **cache), 128, True, 16)
     bounds = test_native.logits_bounds(weights, "bf16", isa, artifact.config.head_dim)
     difference = np.abs(near - together)
     assert difference.max() < bounds[0]
     assert difference.mean() < bounds[1]
+
+
+@pytest.mark.parametrize("heads", [{}, {"head_dim": 96}, test_native.THREE_HEADS])
+def test_families_of_this_cpu_attend_to_an_int8_cache_alike(
+    tmp_path: Path, heads: dict[str, int]
+) -> None:
+    artifact = tiny_artifact(tmp_path, "llama", "fp32", **heads)
+    expected = run_model(artifact, "avx2", "int8")
+    for isa in families_of_this_cpu():
+        assert np.array_equal(run_model(artifact, isa, "int8"), expected)
 
 
 @pytest.mark.usefixtures("emulated")

@@ -154,6 +154,10 @@ def attends_in_bf16(isa: str) -> bool:
     return "AuthenticAMD" in cpu and "avx512_bf16" in cpu
 
 
+def attends_in_integers(isa: str) -> bool:
+    return isa in ("avx2", "avxvnni", "avx512", "amx")
+
+
 def logits_bounds(
     weights: str, kv_cache_dtype: str, isa: str, head_dim: int
 ) -> tuple[float, float]:
@@ -163,10 +167,13 @@ def logits_bounds(
     edge of a step may then fall to the other side: rarely to another bf16 in the cache, by 1/256 of
     itself in activations rounded for bf16 weights, by 1/127 of its group's (an int8 cache: its
     head's) largest in activations quantised for int8 and int4. With a bf16 cache, families that
-    attend in bf16 round queries and probabilities to it, by 1/512 at most, the reference neither:
-    so every input differs a little, and of those that are quantised many fall to the other side.
+    attend in bf16 round queries and probabilities to it, by 1/512 at most, and with an int8 cache
+    those that attend in integers by 1/65534 of the largest, the reference neither: so every input
+    differs a little, and of those that are rounded or quantised many fall to the other side.
     """
     is_rounded = kv_cache_dtype == "bf16" and attends_in_bf16(isa) and head_dim % 32 == 0
+    if weights != "fp32":
+        is_rounded |= kv_cache_dtype == "int8" and attends_in_integers(isa) and head_dim % 16 == 0
     if weights in ("int8", "int4"):
         return (0.8, 0.13) if is_rounded else (0.5, 0.05)
     if weights == "bf16" or is_rounded:
@@ -219,8 +226,10 @@ def all_logits(executor: NativeExecutor, chunk: int, together: bool, block_size:
         # AMX and AVX512-BF16 attend to a bf16 cache by 32 dimensions.
         ("mistral", "fp32", "bf16", {"head_dim": 96, "sliding_window": 50}),
         ("llama", "fp32", "int8", {"head_dim": 128}),
+        ("mistral", "fp32", "int8", {"head_dim": 48, "sliding_window": 50}),
         # Odd numbers of queries, as three heads to a key's have.
         ("llama", "fp32", "bf16", THREE_HEADS),
+        ("llama", "fp32", "int8", THREE_HEADS),
     ],
 )
 def test_bits_do_not_depend_on_batch_chunks_blocks_or_pes(

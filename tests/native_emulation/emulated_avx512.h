@@ -176,6 +176,17 @@ EMULATED __m512i cvtepi8_epi16(__m256i a) {
   const Lanes<int8_t, __m256i> x(a);
   return for_ints<int16_t>([&](int i) { return x.lane[i]; });
 }
+EMULATED __m256i castsi512_si256(__m512i a) {
+  __m256i low;
+  std::memcpy(&low, &a, 32);
+  return low;
+}
+EMULATED __m256i extracti64x4_epi64(__m512i a, int half) {
+  Lanes<int64_t, __m512i> x(a);
+  __m256i result;
+  std::memcpy(&result, x.lane + 4 * half, 32);
+  return result;
+}
 EMULATED __m512i cvtepu8_epi32(__m128i a) {
   const Lanes<uint8_t, __m128i> x(a);
   return for_ints<int32_t>([&](int i) { return x.lane[i]; });
@@ -255,4 +266,7 @@ EMULATED __m512i dpwssd_epi32(__m512i sums, __m512i a, __m512i b) {
 #define _mm512_mullo_epi32 emulated::mullo_epi32
 #define _mm512_srli_epi32 emulated::srli_epi32
 #define _mm512_cvtepi8_epi16 emulated::cvtepi8_epi16
+#undef _mm512_extracti64x4_epi64
+#define _mm512_castsi512_si256 emulated::castsi512_si256
+#define _mm512_extracti64x4_epi64 emulated::extracti64x4_epi64
 #define _mm512_cvtepu8_epi32 emulated::cvtepu8_epi32

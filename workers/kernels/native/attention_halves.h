@@ -7,7 +7,7 @@
 // the family's products do, from the first pair on; acc takes pairs of positions likewise, 16 or 32
 // positions at a time, of which those that a query must not see have p = 0. So a query's bits depend
 // neither on the other queries of its task nor on how much of a piece they see.
-// Included inside the family's namespace, after halves_piece.h and row_kernels_avx512.h.
+// Included inside the family's namespace, after paired_piece.h and row_kernels_avx512.h.
 
 constexpr int kStep = 32;      // dimensions or positions, which are multiplied in one go
 

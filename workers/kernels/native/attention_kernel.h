@@ -8,7 +8,8 @@
 // order. Keys that a query must not see have p = 0, which changes no sum, so a query's bits do not
 // depend on the other queries of its task. Every kPartitionSize positions (m, l, acc) start anew,
 // and the partitions' results are merged in ascending order.
-// int8: a key's scale multiplies its score, a value's scale its p (not the p that l adds up).
+// int8: a key's scale multiplies its score, a value's scale its p (not the p that l adds up). The x86 families
+// have a way of their own with it (attention_words.h).
 // Source: Milakov & Gimelshein 2018, "Online normalizer calculation for softmax"; Dao et al. 2022,
 // "FlashAttention"; Kwon et al. 2023, "PagedAttention".
 // Included inside the family's namespace, after row_kernels.h.
@@ -375,11 +376,11 @@ void attend(const AttentionTask& task) {
   }
 }
 
-template <class Tiles>
+template <class Tiles, class Int8Tiles = Tiles>
 void attention(const AttentionTask& task) {
   switch (task.kv_dtype) {
     case kBf16: attend<Tiles, uint16_t>(task); break;
-    case kInt8: attend<Tiles, int8_t>(task); break;
+    case kInt8: attend<Int8Tiles, int8_t>(task); break;
     default: attend<Tiles, float>(task); break;
   }
 }

@@ -6,7 +6,7 @@
 // all queries of a task, with the same bits.
 // Order: a score adds up its even dimensions and its odd ones apart, each from left to right, then both;
 // acc takes positions in ascending order. So a query's bits do not depend on the others of its task.
-// Included inside the family's namespace, after halves_piece.h.
+// Included inside the family's namespace, after paired_piece.h and attention_words.h.
 
 // The innermost products: one to three queries times 16 pairs, in assembly. They take all 16 registers: 12
 // sums, the mask and, by name, the halves of 16 pairs and a query's factor. From intrinsics, or given a choice
@@ -210,4 +210,7 @@ struct PairsAttention : NoTiles {
   }
 };
 
-bool takes_pairs(int head_dim) { return PairsAttention::takes(head_dim); }
+bool takes_pairs(FsDtype kv_dtype, int head_dim) {
+  return (kv_dtype == kBf16 && PairsAttention::takes(head_dim)) ||
+         (kv_dtype == kInt8 && WordAttention<NoTiles>::takes(head_dim));
+}

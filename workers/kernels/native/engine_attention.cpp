@@ -121,10 +121,9 @@ Engine::AttentionPart Engine::part_of(int task) const {
 Context Engine::context_of(const FsBatch& batch, int layer, const AttentionPart& part) const {
   const QueryRun& run = part.run;
   const int position = buffers_.positions[run.first_token], window = config_.sliding_window;
-  Context context{cache_.keys(layer, part.kv_head), cache_.values(layer, part.kv_head),
-                  batch.block_ids + batch.block_offsets[run.row],
-                  window > 0 && position >= window ? position - window + 1 : 0,
-                  position + run.num_tokens};
+  Context context = cache_.context(layer, part.kv_head, batch.block_ids + batch.block_offsets[run.row],
+                                   window > 0 && position >= window ? position - window + 1 : 0,
+                                   position + run.num_tokens);
   if (run.num_parts > 1) {
     const int first = (run.first_partition + part.index) * kPartitionSize;
     context.begin = std::max(context.begin, first);

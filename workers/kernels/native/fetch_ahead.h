@@ -23,8 +23,9 @@ class FetchAhead {
       : block_size_(task.block_size),
         head_nbytes_(task.head_dim * kv_nbytes(task.kv_dtype)),
         places_(task.places),
+        scale_places_(task.scale_places),
         nbytes_(kv_nbytes(task.kv_dtype)),
-        stretches_{{task.keys, task.values, task.block_ids, begin, end}, task.next, task.next} {
+        stretches_{task.context(begin, end), task.next, task.next} {
     // The first that the next task does is to write its keys and values: in a paired cache, a few bytes to
     // every line of a group.
     Context &newest = stretches_[1], &first = stretches_[2];
@@ -77,12 +78,19 @@ class FetchAhead {
     keys_ = static_cast<const char*>(context.keys) + place;
     values_ = static_cast<const char*>(context.values) + place;
     num_left_ = std::min(block_size_ - offset, context.end - context.begin);
+    if (context.key_scales != nullptr) {
+      const int64_t scale = scale_places_.of_block(block_id) + offset;
+      for (int i = 0; i < num_left_; i += 64 / int{sizeof(float)}) {
+        __builtin_prefetch(context.key_scales + scale + i, 0, 2);
+        __builtin_prefetch(context.value_scales + scale + i, 0, 2);
+      }
+    }
     context.begin += num_left_;
     return true;
   }
 
   const int block_size_, head_nbytes_;
-  const BlockPlaces places_;
+  const BlockPlaces places_, scale_places_;
   const int nbytes_;  // of one number
   // What is left of this task's context, of the group that the next writes to, and of what comes first in
   // its context.

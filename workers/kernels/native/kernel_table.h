@@ -108,6 +108,7 @@ struct BlockPlaces {
 // AttentionTask.
 struct Context {
   const void *keys, *values;
+  const float *key_scales, *value_scales;  // null but for int8
   const int32_t* block_ids;
   int begin, end;
 };
@@ -139,6 +140,13 @@ struct AttentionTask {
   Context next;
   bool is_fetched;
   float* scratch;            // attention_scratch_floats(head_dim), 64-byte aligned
+
+  // Positions [begin, end) of its context.
+  Context context(int begin, int end) const {
+    const bool has_scales = kv_dtype == kInt8;
+    return {keys,  values, has_scales ? key_scales : nullptr, has_scales ? value_scales : nullptr,
+            block_ids, begin,  end};
+  }
 };
 
 constexpr int64_t attention_scratch_floats(int head_dim) {
@@ -163,9 +171,9 @@ struct KernelTable {
   // y = x / scale rounded half to even, n a multiple of 8. Returns the scale, max|x| / 127.
   float (*quantize_head)(int8_t* y, const float* x, int n);
   void (*attention)(const AttentionTask& task);
-  // Whether `attention` wants a bf16 cache of this head_dim, in blocks of whole 16 positions, to be paired
-  // (kv_cache.h); null: it never does.
-  bool (*takes_pairs)(int head_dim);
+  // Whether `attention` wants a cache of this type and head_dim, in blocks of whole 16 positions, to be
+  // paired (kv_cache.h); null: it never does.
+  bool (*takes_pairs)(FsDtype kv_dtype, int head_dim);
   // The result of one query from its state in partitions 0 .. count: `partials` (count, head_dim +
   // 2), `stride` floats from one partition to the next. scratch: attention_scratch_floats.
   void (*merge_attention)(float* out, const float* partials, int64_t stride, int count,

@@ -60,11 +60,24 @@ constexpr auto quantize16 = quantize;
 
 #include "quantize_amx.h"
 
-#include "halves_piece.h"
+#include "paired_piece.h"
+
+#include "soften_words.h"
+
+#include "words_avx512.h"
+
+#include "attention_words.h"
 
 #include "attention_halves.h"
 
 #include "attention_amx.h"
+
+using Int8Attention = WordAttention<AttentionTiles>;
+
+// A bf16 cache's tiles take rows.
+bool takes_pairs(FsDtype kv_dtype, int head_dim) {
+  return kv_dtype == kInt8 && Int8Attention::takes(head_dim);
+}
 
 }  // namespace amx
 }  // namespace furiosa
@@ -104,8 +117,8 @@ KernelTable amx_kernels() {
   table.matmul[kInt4] = amx::matmul_amx_int4;
   table.matmul[kNested4] = amx::matmul_amx_nested4;
   table.quantize = amx::quantize_amx;
-  table.takes_pairs = nullptr;
-  table.attention = amx::attention<amx::HalvesAttention<amx::AttentionProducts>>;
+  table.takes_pairs = amx::takes_pairs;
+  table.attention = amx::attention<amx::HalvesAttention<amx::AttentionProducts>, amx::Int8Attention>;
   return table;
 }
 

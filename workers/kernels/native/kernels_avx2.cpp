@@ -25,7 +25,13 @@ constexpr bool kAddsPairsInWords = true;  // see row_kernels.h
 
 #include "attention_kernel.h"
 
-#include "halves_piece.h"
+#include "paired_piece.h"
+
+#include "soften_words.h"
+
+#include "words_avx2.h"
+
+#include "attention_words.h"
 
 #include "attention_pairs_avx2.h"
 
@@ -60,7 +66,7 @@ const KernelTable kAvx2Kernels = {
     avx2::rotate,
     avx2::bf16_from_float,
     avx2::quantize_head,
-    avx2::attention<avx2::PairsAttention>,
+    avx2::attention<avx2::PairsAttention, avx2::WordAttention<avx2::NoTiles>>,
     avx2::takes_pairs,
     avx2::merge_attention,
     avx2::max_finite,

@@ -51,27 +51,44 @@ using AttentionTiles = NoTiles;
 constexpr auto quantize16 = quantize;
 constexpr auto swiglu16 = swiglu;
 constexpr auto bf16_from_float16 = bf16_from_float;
-constexpr auto attention16 = attention<AttentionTiles>;
-constexpr bool (*takes_pairs)(int) = nullptr;
 #else
 #include "attention_avx512.h"
 #include "row_kernels_avx512.h"
+#endif
 
-#include "halves_piece.h"
+#include "paired_piece.h"
 
+#include "soften_words.h"
+
+#include "words_avx512.h"
+
+#include "attention_words.h"
+
+using Int8Attention = WordAttention<AttentionTiles>;
+
+#if defined(FS_EMULATE_ISA)
+constexpr auto attention16 = attention<AttentionTiles, Int8Attention>;
+
+bool takes_pairs(FsDtype kv_dtype, int head_dim) {
+  return kv_dtype == kInt8 && Int8Attention::takes(head_dim);
+}
+#else
 #include "attention_halves.h"
 
 #include "attention_dots_avx512.h"
 
-bool takes_pairs(int head_dim) {
-  return has_fast_bf16_dot() && HalvesAttention<AttentionProducts>::takes(head_dim);
+using Bf16Attention = HalvesAttention<AttentionProducts>;
+
+bool takes_pairs(FsDtype kv_dtype, int head_dim) {
+  return (kv_dtype == kBf16 && has_fast_bf16_dot() && Bf16Attention::takes(head_dim)) ||
+         (kv_dtype == kInt8 && Int8Attention::takes(head_dim));
 }
 
 void attention16(const AttentionTask& task) {
   if (task.kv_dtype == kBf16 && has_fast_bf16_dot()) {
-    attend<HalvesAttention<AttentionProducts>, uint16_t>(task);
+    attend<Bf16Attention, uint16_t>(task);
   } else {
-    attention<AttentionTiles>(task);
+    attention<AttentionTiles, Int8Attention>(task);
   }
 }
 #endif

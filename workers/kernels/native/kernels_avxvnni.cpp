@@ -32,7 +32,14 @@ constexpr bool kAddsPairsInWords = false;  // see row_kernels.h
 
 #include "attention_kernel.h"
 
-#include "halves_piece.h"
+#include "paired_piece.h"
+
+#define FS_HAS_AVX_VNNI
+#include "soften_words.h"
+
+#include "words_avx2.h"
+
+#include "attention_words.h"
 
 #include "attention_pairs_avx2.h"
 
@@ -74,7 +81,7 @@ const KernelTable kAvxVnniKernels = {
     avxvnni::rotate,
     avxvnni::bf16_from_float,
     avxvnni::quantize_head,
-    avxvnni::attention<avxvnni::PairsAttention>,
+    avxvnni::attention<avxvnni::PairsAttention, avxvnni::WordAttention<avxvnni::NoTiles>>,
     avxvnni::takes_pairs,
     avxvnni::merge_attention,
     avxvnni::max_finite,

@@ -25,8 +25,9 @@ class KvCache {
   KvCache(const FsEngineConfig& config, const KernelTable& kernels)
       : dtype(static_cast<FsDtype>(config.kv_dtype)),
         block_size(config.block_size),
-        is_paired_(dtype == kBf16 && config.block_size % kPairedPositions == 0 &&
-                   kernels.takes_pairs != nullptr && kernels.takes_pairs(config.head_dim)),
+        is_paired_(config.block_size % kPairedPositions == 0 && config.head_dim <= kMostPairedDims &&
+                   kernels.takes_pairs != nullptr &&
+                   kernels.takes_pairs(dtype, config.head_dim)),
         places_(int64_t{config.block_size} * config.head_dim, config.num_kv_heads),
         scale_places_(config.block_size, config.num_kv_heads),
         head_dim_(config.head_dim),
@@ -60,27 +61,40 @@ class KvCache {
     task.is_paired = is_paired_;
     task.places = places_;
     task.scale_places = scale_places_;
-    task.next = {nullptr, nullptr, nullptr, 0, 0};
+    task.next = {};
     task.is_fetched = false;
     return task;
+  }
+  // Positions [begin, end) of a sequence whose blocks `block_ids` names.
+  Context context(int layer, int kv_head, const int32_t* block_ids, int begin, int end) const {
+    const bool has_scales = dtype == kInt8;
+    return {keys(layer, kv_head),
+            values(layer, kv_head),
+            has_scales ? key_scales(layer, kv_head) : nullptr,
+            has_scales ? value_scales(layer, kv_head) : nullptr,
+            block_ids,
+            begin,
+            end};
   }
   // Writes head_dim values of one head at `slot`, a position counted in positions from block 0 on.
   void put_key(int layer, int kv_head, int64_t slot, const float* head,
                const KernelTable& kernels) const {
     uint8_t* base = keys(layer, kv_head);
+    float* scales = key_scales(layer, kv_head);
     if (is_paired_) {
-      put_paired_key(base, slot, head, kernels);
+      put_paired(scales, slot, head, kernels, [&](const auto* row) { put_paired_key(base, slot, row); });
     } else {
-      put(base, key_scales(layer, kv_head), slot, head, kernels);
+      put(base, scales, slot, head, kernels);
     }
   }
   void put_value(int layer, int kv_head, int64_t slot, const float* head,
                  const KernelTable& kernels) const {
     uint8_t* base = values(layer, kv_head);
+    float* scales = value_scales(layer, kv_head);
     if (is_paired_) {
-      put_paired_value(base, slot, head, kernels);
+      put_paired(scales, slot, head, kernels, [&](const auto* row) { put_paired_value(base, slot, row); });
     } else {
-      put(base, value_scales(layer, kv_head), slot, head, kernels);
+      put(base, scales, slot, head, kernels);
     }
   }
 
@@ -96,40 +110,47 @@ class KvCache {
            scale_places_.of_head(kv_head);
   }
 
+  float& scale_of(float* scales, int64_t slot) const {
+    return scales[scale_places_.of_block(slot / block_size) + slot % block_size];
+  }
   // The 16 positions of which `slot` is one.
-  uint16_t* group_of(uint8_t* base, int64_t slot) const {
+  template <class Kv>
+  Kv* group_of(uint8_t* base, int64_t slot) const {
     const int64_t block = slot / block_size, offset = slot % block_size;
-    return reinterpret_cast<uint16_t*>(base) + places_.of_block(block) +
+    return reinterpret_cast<Kv*>(base) + places_.of_block(block) +
            (offset - offset % kPairedPositions) * head_dim_;
   }
   int place_in_group(int64_t slot) const {
     return static_cast<int>(slot % block_size % kPairedPositions);
   }
 
-  // Other PEs may be writing other positions of the group: nothing is written but what is the slot's own.
-  void put_paired_key(uint8_t* base, int64_t slot, const float* head, const KernelTable& kernels) const {
-    uint16_t* own = group_of(base, slot) + 2 * place_in_group(slot);
-    for_pairs(head, kernels, [own](int d, const uint16_t* pair) {
-      std::memcpy(own + d * kPairedPositions, pair, 2 * sizeof(uint16_t));
-    });
-  }
-  void put_paired_value(uint8_t* base, int64_t slot, const float* head, const KernelTable& kernels) const {
-    const int place = place_in_group(slot);
-    uint16_t* own = group_of(base, slot) + place / 2 * 2 * head_dim_ + place % 2;
-    for_pairs(head, kernels, [own](int d, const uint16_t* pair) {
-      own[2 * d] = pair[0], own[2 * d + 2] = pair[1];
-    });
-  }
-
-  // Calls body(d, dimensions d and d + 1 as bfloat16) for all of `head`.
-  template <class Body>
-  void for_pairs(const float* head, const KernelTable& kernels, const Body& body) const {
-    uint16_t halves[64];
-    for (int first = 0; first < head_dim_; first += 64) {
-      const int count = std::min(64, head_dim_ - first);
-      kernels.bf16_from_float(halves, head + first, count);
-      for (int i = 0; i < count; i += 2) body(first + i, halves + i);
+  // Calls put_row(head as the cache has it).
+  template <class PutRow>
+  void put_paired(float* scales, int64_t slot, const float* head, const KernelTable& kernels,
+                  const PutRow& put_row) const {
+    if (dtype == kInt8) {
+      int8_t row[kMostPairedDims];
+      scale_of(scales, slot) = kernels.quantize_head(row, head, head_dim_);
+      put_row(row);
+    } else {
+      uint16_t row[kMostPairedDims];
+      kernels.bf16_from_float(row, head, head_dim_);
+      put_row(row);
     }
+  }
+  // Other PEs may be writing other positions of the group: nothing is written but what is the slot's own.
+  template <class Kv>
+  void put_paired_key(uint8_t* base, int64_t slot, const Kv* head) const {
+    Kv* own = group_of<Kv>(base, slot) + 2 * place_in_group(slot);
+    for (int d = 0; d < head_dim_; d += 2) {
+      std::memcpy(own + d * kPairedPositions, head + d, 2 * sizeof(Kv));
+    }
+  }
+  template <class Kv>
+  void put_paired_value(uint8_t* base, int64_t slot, const Kv* head) const {
+    const int place = place_in_group(slot);
+    Kv* own = group_of<Kv>(base, slot) + place / 2 * 2 * head_dim_ + place % 2;
+    for (int d = 0; d < head_dim_; ++d) own[2 * d] = head[d];
   }
 
   void put(uint8_t* base, float* scales, int64_t slot, const float* head,
@@ -141,7 +162,7 @@ class KvCache {
         kernels.bf16_from_float(reinterpret_cast<uint16_t*>(place), head, head_dim_);
         break;
       case kInt8:
-        scales[scale_places_.of_block(block) + offset] =
+        scale_of(scales, slot) =
             kernels.quantize_head(reinterpret_cast<int8_t*>(place), head, head_dim_);
         break;
       default:
@@ -149,6 +170,8 @@ class KvCache {
         break;
     }
   }
+
+  static constexpr int kMostPairedDims = 512;
 
   const bool is_paired_;
   const BlockPlaces places_, scale_places_;

@@ -151,8 +151,8 @@ int32_t fs_time_attention(const char* isa, const FsEngineConfig* config, int32_t
         if (item + 1 < num_items) {
           const int next_head = (item + 1) % config->num_kv_heads;
           const int next_sequence = (item + 1) / config->num_kv_heads / num_runs;
-          task.next = {cache.keys(layer, next_head), cache.values(layer, next_head),
-                       blocks.data() + int64_t{next_sequence} * num_blocks, 0, context};
+          const int32_t* next_ids = blocks.data() + int64_t{next_sequence} * num_blocks;
+          task.next = cache.context(layer, next_head, next_ids, 0, context);
         }
         kernels.attention(task);
       });

@@ -1,0 +1,75 @@
+// How the AVX-512 families multiply words for attention_words.h.
+// Included inside the family's namespace, after soften_words.h and row_kernels_avx512.h.
+
+using Words = __m512i;
+struct WordSums {
+  __m512i all;
+};
+
+SIMD_INLINE WordSums no_words() { return {_mm512_setzero_si512()}; }
+SIMD_INLINE Words load_words(const int8_t* bytes) {
+  return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
+}
+SIMD_INLINE void add_words(WordSums* sums, const Words& words, int32_t two) {
+  sums->all = _mm512_dpwssd_epi32(sums->all, words, _mm512_set1_epi32(two));
+}
+SIMD_INLINE F8 floats_of(const WordSums& sums, int half) {
+  return _mm256_cvtepi32_ps(half == 0 ? _mm512_castsi512_si256(sums.all)
+                                      : _mm512_extracti64x4_epi64(sums.all, 1));
+}
+
+template <class Body>
+SIMD_INLINE void for_rows(int num_queries, const Body& body) {
+  for_tiles(0, num_queries, body);
+}
+template <int Rows>
+constexpr int kWordBlocks = Rows > 4 ? 2 : 4;
+
+#if defined(FS_EMULATE_ISA)
+constexpr auto soften_piece = soften_to_words;
+#else
+// `soften_to_words` with 16 lanes and the same bits.
+SIMD_INLINE float soften_piece(const QueryState& state, int query, int begin, int end, int num_keys,
+                                  const float* value_scales, int16_t* words) {
+  begin = begin > 0 ? begin : 0, end = end < num_keys ? end : num_keys;
+  if (begin >= end) {
+    std::memset(words, 0, static_cast<size_t>(num_keys) * sizeof(int16_t));
+    state.corrections[query] = 1.0f;
+    return 0.0f;
+  }
+  const float* scores = state.scores + query * kPieceSize;
+  const uint64_t visible = ~uint64_t{0} >> (kPieceSize - end) & ~uint64_t{0} << begin;
+  __m512 p[4];
+  for (int i = 0; i < 4; ++i) {
+    const __mmask16 lanes = static_cast<__mmask16>(visible >> (16 * i));
+    p[i] = _mm512_mask_loadu_ps(splat16(-INFINITY), lanes, scores + 16 * i);
+  }
+  const __m512 highest = _mm512_max_ps(_mm512_max_ps(p[0], p[1]), _mm512_max_ps(p[2], p[3]));
+  const float before = state.largest[query], piece_max = _mm512_reduce_max_ps(highest);
+  const float largest = before > piece_max ? before : piece_max;
+  for (__m512& x : p) x = exp16(_mm512_sub_ps(x, splat16(largest)));
+  const __m512 total = _mm512_add_ps(_mm512_add_ps(_mm512_add_ps(p[0], p[1]), p[2]), p[3]);
+  const float correction = _mm512_cvtss_f32(exp16(splat16(before - largest)));
+  state.corrections[query] = correction;
+  const F8 eight = add(_mm512_castps512_ps256(total), _mm512_extractf32x8_ps(total, 1));
+  state.totals[query] = state.totals[query] * correction + sum(eight);
+  state.largest[query] = largest;
+
+  __m512i sizes = _mm512_setzero_si512();
+  for (int i = 0; i < 4; ++i) {
+    p[i] = _mm512_mul_ps(p[i], _mm512_loadu_ps(value_scales + 16 * i));
+    sizes = _mm512_max_epi32(sizes, _mm512_castps_si512(_mm512_abs_ps(p[i])));
+  }
+  const float largest_word = _mm512_cvtss_f32(_mm512_castsi512_ps(_mm512_set1_epi32(_mm512_reduce_max_epi32(sizes))));
+  if (largest_word < kLeastScale) {
+    std::memset(words, 0, kPieceSize * sizeof(int16_t));
+    return 0.0f;
+  }
+  const __m512 inverse = splat16(kWordLevels / largest_word);
+  for (int i = 0; i < 4; ++i) {
+    const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(p[i], inverse));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(words + 16 * i), _mm512_cvtsepi32_epi16(rounded));
+  }
+  return largest_word / kWordLevels;
+}
+#endif
