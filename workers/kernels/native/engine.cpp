@@ -17,16 +17,6 @@ namespace furiosa {
 
 namespace {
 
-// LM head and sampling run on this many rows at a time, which bounds the memory for logits.
-constexpr int kLogitsRows = 64;
-
-// Floats from one row of logits to the next.
-constexpr int64_t logits_stride(int64_t vocab_size) { return (vocab_size + 15) / 16 * 16; }
-// Logits of so many bytes or more are stored past the caches.
-constexpr int64_t kStreamedNbytes = 2 << 20;
-// Columns of gate and up that are multiplied, combined and quantised in one go, at most; or as many as
-// share a scale.
-constexpr int kStretch = 128, kWidestStretch = std::max(kStretch, kMaxScaleGroup);
 // Fewer items than this a PE would leave PEs waiting for the last one.
 constexpr int kMinItemsPerPe = 4;
 // Up to so many rows, norming or quantising them takes less time than a job of its own would cost.
@@ -94,7 +84,8 @@ Engine::PeScratch Engine::PeScratch::from(Arena& arena, const FsEngineConfig& co
   PeScratch scratch;
   scratch.attention = arena.take<float>(attention_scratch_floats(config.head_dim));
   scratch.matmul = arena.take<uint8_t>(matmul_scratch_nbytes(widest));
-  scratch.gate_up = arena.take<float>(2 * kMaxMatmulRows * kWidestStretch);
+  scratch.stretch = arena.take<float>(2 * kMaxMatmulRows * kWidestStretch);
+  scratch.likeliest = arena.take<Likeliest>(config.max_num_batched_tokens);
   scratch.sampler = SamplerScratch::from(arena, config.vocab_size);
   return scratch;
 }
@@ -129,18 +120,13 @@ void Engine::step(const FsBatch& batch, const FsResult* result, float* logits) {
   check_sampling(batch, config_.vocab_size);
   const ThreadPool::CallerBinding binding(pool_);
   forward(batch);
-  for (int first = 0; first < batch.num_samples; first += kLogitsRows) {
-    const int count = std::min(kLogitsRows, batch.num_samples - first);
-    norm_inputs(first, count, weights_.final_norm, weights_.lm_head);
-    Output out{logits, config_.vocab_size, nullptr, false};
-    if (logits == nullptr) {
-      out.values = buffers_.logits, out.stride = logits_stride(config_.vocab_size);
-      out.is_streamed = count * out.stride * int64_t{sizeof(float)} >= kStreamedNbytes;
-    } else {
-      out.values += first * out.stride;
-    }
-    matmul(weights_.lm_head, buffers_.input, count, out);
-    if (result != nullptr) sample(batch, first, count, *result);
+  if (batch.num_samples == 0) return;
+  if (result == nullptr) {
+    norm_inputs(0, batch.num_samples, weights_.final_norm, weights_.lm_head);
+    matmul(weights_.lm_head, buffers_.input, batch.num_samples,
+           {logits, config_.vocab_size, nullptr, false});
+  } else {
+    sample(batch, *result);
   }
 }
 
@@ -302,7 +288,7 @@ void Engine::gate_up(int num_rows, const LayerWeights& weights) {
     const int panel = begin / kPanelRows, num_panels = (end - begin) / kPanelRows;
     float* parts[2];
     for (int part = 0; part < 2; ++part) {
-      parts[part] = scratch.gate_up + part * kMaxMatmulRows * kWidestStretch;
+      parts[part] = scratch.stretch + part * kMaxMatmulRows * kWidestStretch;
       const int first = part * (width / kPanelRows) + panel;
       // Outputs are addressed from W's row 0 and the step's row 0.
       float* origin = parts[part] - int64_t{first} * kPanelRows - int64_t{first_row} * stretch;
@@ -361,17 +347,6 @@ void Engine::matmul_and_norm(const Matrix& w, const Activations& x, int num_rows
     buffers_.input.cols = config_.hidden_size;
     for (int row = 0; row < num_rows; ++row) norm_row(row, row, norm, next);
   });
-}
-
-void Engine::sample(const FsBatch& batch, int first, int count, const FsResult& result) {
-  pool_.run(count, [&](int i, int pe) {
-    sample_errors_[static_cast<size_t>(i)] = sample_row(
-        kernels_, batch, first + i, buffers_.logits + i * logits_stride(config_.vocab_size),
-        config_.vocab_size, scratch_[static_cast<size_t>(pe)].sampler, result);
-  });
-  for (int i = 0; i < count; ++i) {
-    throw_if_failed(sample_errors_[static_cast<size_t>(i)], batch.sample_rows[first + i]);
-  }
 }
 
 }  // namespace furiosa

@@ -31,6 +31,13 @@ class Engine {
   void step(const FsBatch& batch, const FsResult* result, float* logits);
 
  private:
+  // Columns of gate and up, or tokens' logits, that are multiplied and used in one go, at most; of gate and
+  // up, or as many as share a scale.
+  static constexpr int kStretch = 128, kWidestStretch = std::max(kStretch, kMaxScaleGroup);
+  // LM head and sampling run on this many rows at a time, which bounds the memory for logits.
+  static constexpr int kLogitsRows = 64;
+  // Floats from one row of logits to the next.
+  static constexpr int64_t logits_stride(int64_t vocab_size) { return (vocab_size + 15) / 16 * 16; }
   // States of one query that shared-out contexts may have: 2^18 positions of 64 query heads.
   static constexpr int64_t kMaxSharedStates = 65536;
 
@@ -52,7 +59,8 @@ class Engine {
   struct alignas(64) PeScratch {
     float* attention;
     void* matmul;
-    float* gate_up;  // (2, kMaxMatmulRows, up to kWidestStretch): gate and up of a few columns
+    float* stretch;        // (2, kMaxMatmulRows, up to kWidestStretch): gate and up, or logits
+    Likeliest* likeliest;  // (tokens,): of the logits that this PE has seen
     SamplerScratch sampler;
     int fetched_task = -1;  // of attention, whose context this PE has begun to fetch
 
@@ -102,7 +110,9 @@ class Engine {
   // The same, then the norm of all rows of the residual stream, for `next`.
   void matmul_and_norm(const Matrix& w, const Activations& x, int num_rows, const Output& out,
                        const float* norm, const Matrix& next);
-  void sample(const FsBatch& batch, int first, int count, const FsResult& result);
+  void sample(const FsBatch& batch, const FsResult& result);
+  void sample_rows(const FsBatch& batch, int first, int count, const FsResult& result);
+  void take_likeliest(const FsBatch& batch, const FsResult& result);
 
   // Runs body(row, pe) for each row, several rows to an item.
   template <class Body>

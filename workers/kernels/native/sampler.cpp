@@ -42,6 +42,13 @@ bool has_penalty(const FsBatch& batch, int index) {
          batch.frequency_penalty[index] != 0.0f;
 }
 
+bool is_edited(const FsBatch& batch, int index) {
+  return batch.suppressed_offsets[index + 1] > batch.suppressed_offsets[index] ||
+         batch.bias_offsets[index + 1] > batch.bias_offsets[index] ||
+         (has_penalty(batch, index) &&
+          batch.history_offsets[index + 1] > batch.history_offsets[index]);
+}
+
 // The penalties of rule 1, to each token of the history once, however often it occurs.
 void penalise(float* logits, const FsBatch& batch, int index, const SamplerScratch& scratch,
               Edits& edits) {
@@ -262,18 +269,27 @@ void throw_if_failed(SampleError error, int row) {
   throw Failure{kInvalidBatch, where + ": every token of the vocabulary is suppressed"};
 }
 
+void Likeliest::add(const KernelTable& kernels, const float* logits, int32_t first, int count) {
+  const float highest = kernels.max_finite(logits, count);
+  if (std::isnan(highest)) {
+    is_finite = false;
+  } else if (highest > logit || (highest == logit && first < id)) {
+    logit = highest, id = first + first_equal(logits, count, highest);
+  }
+}
+
+bool asks_for_likeliest(const FsBatch& batch, int index) {
+  return batch.temperature[index] < kGreedyTemperature && batch.num_logprobs[index] < 0 &&
+         !is_edited(batch, index);
+}
+
 SampleError sample_row(const KernelTable& kernels, const FsBatch& batch, int index, float* logits,
                        int vocab_size, const SamplerScratch& scratch, const FsResult& result) {
   const float raw_largest = kernels.max_finite(logits, vocab_size);
   if (std::isnan(raw_largest)) return SampleError::kNotFinite;
-  const bool is_edited =
-      batch.suppressed_offsets[index + 1] > batch.suppressed_offsets[index] ||
-      batch.bias_offsets[index + 1] > batch.bias_offsets[index] ||
-      (has_penalty(batch, index) &&
-       batch.history_offsets[index + 1] > batch.history_offsets[index]);
   Edits edits(scratch);
   float largest = raw_largest;
-  if (is_edited) {
+  if (is_edited(batch, index)) {
     edit(logits, batch, index, scratch, edits);
     largest = largest_of(logits, vocab_size);
     if (largest == -INFINITY) return SampleError::kAllSuppressed;
