@@ -70,15 +70,6 @@ struct AttentionProducts {
   // Positions that scoring or adding up 16 positions asks for.
   static constexpr int kAsked = 6;
 
-  // Calls body(first, Count<N>()) for `Most` of the blocks [block, num_blocks) at a time, or what is left.
-  template <int Most, class Body>
-  static SIMD_INLINE void for_blocks(int block, int num_blocks, const Body& body) {
-    for (; block + Most <= num_blocks; block += Most) body(block, Count<Most>());
-    if constexpr (Most > 1) {
-      if (block < num_blocks) for_blocks<Most - 1>(block, num_blocks, body);
-    }
-  }
-
   // sums[b][m] += `Pairs` pairs of row m times block b's, whose pairs lie `stride` halves apart; goes on
   // to the next pairs.
   template <int Pairs, int Rows, int Blocks>

@@ -10,22 +10,23 @@
 // Included inside the family's namespace, after paired_piece.h and words_*.h, which say how a family multiplies:
 //   Words: 16 lanes of two words; WordSums: 16 sums; no_words(): zeros;
 //   load_words(bytes): 32 int8 as Words; add_words(&sums, words, two): sums += words times the same two;
-//   floats_of(sums, half): sums 0-7 or 8-15; for_rows(num, body): body(first, Count<N>()) for tiles of queries;
+//   floats_of(sums, half): sums 0-7 or 8-15;
+//   for_query_tiles(num, body): calls body(first, Count<N>()) for tiles of queries;
 //   soften_piece: soften_words.h's soften_to_words; kWordBlocks<N>: blocks of 16 keys or dimensions in one go.
 
 // In the task's scratch.
 struct WordRoom {
-  float *query_scales, *weight_scales;  // (queries,)
+  float *query_scales, *probability_scales;  // (queries,)
   int16_t* queries;                     // (queries, head_dim)
-  int16_t* weights;                     // (queries, 64)
+  int16_t* probabilities;               // (queries, 64): times the values' scales
   int8_t* groups;                       // (2, 64, head_dim): pairs of a cache in rows
 
   WordRoom(float* room, int head_dim)
       : query_scales(room),
-        weight_scales(room + kMaxQueries),
+        probability_scales(room + kMaxQueries),
         queries(reinterpret_cast<int16_t*>(room + 2 * kMaxQueries)),
-        weights(queries + kMaxQueries * head_dim),
-        groups(reinterpret_cast<int8_t*>(weights + kMaxQueries * kPieceSize)) {}
+        probabilities(queries + kMaxQueries * head_dim),
+        groups(reinterpret_cast<int8_t*>(probabilities + kMaxQueries * kPieceSize)) {}
 };
 
 SIMD_INLINE int32_t two_words_at(const int16_t* words) {
@@ -60,7 +61,7 @@ struct WordAttention : Tiles {
     PairedPiece<int8_t> piece(task, span);
     if (!piece.is_paired) pair_rows(&piece, head_dim, words.groups);
     const int first_group = span.begin / kKeyBlock, num_keys = piece.num_groups * kKeyBlock;
-    for_rows(num_queries, [&](int query, auto rows) __attribute__((always_inline)) {
+    for_query_tiles(num_queries, [&](int query, auto rows) __attribute__((always_inline)) {
       constexpr int kRows = decltype(rows)::value;
       for_blocks<kWordBlocks<kRows>>(
           first_group, piece.num_groups, [&](int group, auto count) __attribute__((always_inline)) {
@@ -73,10 +74,11 @@ struct WordAttention : Tiles {
       int begin, end;
       visible(query, &begin, &end);
       ahead->advance(fetched);
-      words.weight_scales[query] = soften_piece(state, query, begin, end, num_keys, piece.rows.scales[1],
-                                                   words.weights + query * kPieceSize);
+      words.probability_scales[query] =
+          soften_piece(state, query, begin, end, num_keys, piece.rows.scales[1],
+                       words.probabilities + query * kPieceSize);
     }
-    for_rows(num_queries, [&](int query, auto rows) __attribute__((always_inline)) {
+    for_query_tiles(num_queries, [&](int query, auto rows) __attribute__((always_inline)) {
       constexpr int kRows = decltype(rows)::value;
       for_blocks<kWordBlocks<kRows>>(
           0, head_dim / 16, [&](int block, auto count) __attribute__((always_inline)) {
@@ -90,15 +92,6 @@ struct WordAttention : Tiles {
   // As in attention_dots_avx512.h: positions that scoring or adding up 16 positions asks for, and what few
   // queries ask for between.
   static constexpr int kAsked = 6, kAskedBetween = 16, kMostFew = 8;
-
-  // Calls body(block, Count<N>()) for `Most` of the blocks [block, num_blocks) at a time, or what is left.
-  template <int Most, class Body>
-  static SIMD_INLINE void for_blocks(int block, int num_blocks, const Body& body) {
-    for (; block + Most <= num_blocks; block += Most) body(block, Count<Most>());
-    if constexpr (Most > 1) {
-      if (block < num_blocks) for_blocks<Most - 1>(block, num_blocks, body);
-    }
-  }
 
   // sums[b][m] += `Pairs` pairs of row m's words times block b's, whose pairs lie `stride` apart.
   template <int Pairs, int Rows, int Blocks>
@@ -158,20 +151,20 @@ struct WordAttention : Tiles {
     for (auto& of_block : sums) {
       for (WordSums& sum : of_block) sum = no_words();
     }
-    const int16_t* weights = words.weights + query * kPieceSize + first_group * kKeyBlock;
+    const int16_t* probabilities = words.probabilities + query * kPieceSize + first_group * kKeyBlock;
     constexpr int kPairs = 4, kTurns = kKeyBlock / (2 * kPairs);
     EvenFetch fetch(ahead, kAsked * Blocks * 16, head_dim * kTurns);
     for (int group = first_group; group < piece.num_groups; ++group) {
       const int8_t* blocks[Blocks];
       for (int b = 0; b < Blocks; ++b) blocks[b] = piece.values.at[group] + 2 * (d + 16 * b);
-      for (int turn = 0; turn < kTurns; ++turn, weights += 2 * kPairs) {
+      for (int turn = 0; turn < kTurns; ++turn, probabilities += 2 * kPairs) {
         fetch.turn();
-        multiply<kPairs>(sums, weights, kPieceSize, blocks, 2 * head_dim);
+        multiply<kPairs>(sums, probabilities, kPieceSize, blocks, 2 * head_dim);
       }
     }
     for (int b = 0; b < Blocks; ++b) {
       for (int m = 0; m < Rows; ++m) {
-        const F8 scale = splat(words.weight_scales[query + m]);
+        const F8 scale = splat(words.probability_scales[query + m]);
         const F8 correction = splat(state.corrections[query + m]);
         float* acc = state.acc + (query + m) * head_dim + d + 16 * b;
         for (int half = 0; half < 2; ++half) {

@@ -140,3 +140,12 @@ DEFINE_DOT(dot_split_int8, "+x", DOT_SPLIT_GROUP, _mm256_set1_epi16(1), _mm256_s
 DEFINE_DOT(dot_offset_int8, "+x", DOT_OFFSET_GROUP, _mm256_set1_epi16(1), _mm256_set1_epi8(-128))
 DEFINE_DOT(dot_int4, "=&x", DOT_INT4_GROUP, _mm256_set1_epi8(15), _mm256_setzero_si256())
 DEFINE_DOT(dot_nibbles, "=&x", DOT_NIBBLE_GROUP, _mm256_setzero_si256(), _mm256_setzero_si256())
+
+// sums += pairs of words, in each of eight lanes, times the other's. As intrinsics GCC 12 would add up in an
+// order of its own and keep sums in memory.
+SIMD_INLINE void add_word_products(__m256i* sums, __m256i words, __m256i others) {
+  __m256i products;
+  asm("vpmaddwd %[words], %[others], %[products]\n\tvpaddd %[products], %[sums], %[sums]"
+      : [sums] "+x"(*sums), [products] "=&x"(products)
+      : [words] "x"(words), [others] "x"(others));
+}

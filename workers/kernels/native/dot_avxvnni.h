@@ -176,3 +176,8 @@ struct DotSums {
     }
   }
 };
+
+// sums += pairs of words, in each of eight lanes, times the other's.
+SIMD_INLINE void add_word_products(__m256i* sums, __m256i words, __m256i others) {
+  *sums = _mm256_dpwssd_avx_epi32(*sums, words, others);
+}

@@ -27,6 +27,8 @@ constexpr bool kAddsPairsInWords = true;  // see row_kernels.h
 
 #include "paired_piece.h"
 
+#include "dot_avx2.h"
+
 #include "soften_words.h"
 
 #include "words_avx2.h"
@@ -36,8 +38,6 @@ constexpr bool kAddsPairsInWords = true;  // see row_kernels.h
 #include "attention_pairs_avx2.h"
 
 #include "matmul_avx2.h"
-
-#include "dot_avx2.h"
 
 #include "int_tiles_avx2.h"
 

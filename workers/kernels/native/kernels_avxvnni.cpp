@@ -34,7 +34,8 @@ constexpr bool kAddsPairsInWords = false;  // see row_kernels.h
 
 #include "paired_piece.h"
 
-#define FS_HAS_AVX_VNNI
+#include "dot_avxvnni.h"
+
 #include "soften_words.h"
 
 #include "words_avx2.h"
@@ -44,8 +45,6 @@ constexpr bool kAddsPairsInWords = false;  // see row_kernels.h
 #include "attention_pairs_avx2.h"
 
 #include "matmul_avx2.h"
-
-#include "dot_avxvnni.h"
 
 #include "int_tiles_avx2.h"
 

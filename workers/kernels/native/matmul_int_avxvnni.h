@@ -125,7 +125,7 @@ struct PackedNested4 {
     for (int m = 0; m < Rows; ++m) {
       const __m256i sums = _mm256_set1_epi32(x.word_sums[index + m * num_pairs]);
       for (int half = 0; half < 2; ++half) {
-        dot[m][half] = _mm256_dpwssd_avx_epi32(dot[m][half], words.shifts[half], sums);
+        add_word_products(&dot[m][half], words.shifts[half], sums);
       }
     }
 #pragma GCC unroll 2
@@ -140,8 +140,7 @@ struct PackedNested4 {
 #pragma GCC unroll 6
       for (int m = 0; m < Rows; ++m) {
         for (int half = 0; half < 2; ++half) {
-          dot[m][half] =
-              _mm256_dpwssd_avx_epi32(dot[m][half], products[m][half], words.factors_of(i, half));
+          add_word_products(&dot[m][half], products[m][half], words.factors_of(i, half));
         }
       }
     }

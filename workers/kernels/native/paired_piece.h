@@ -80,3 +80,12 @@ template <class Kv>
 inline const Kv* row_of(const PairedPiece<Kv>& piece, int part, int key) {
   return piece.rows.rows[part][std::clamp(key, piece.span.begin, piece.span.end - 1)];
 }
+
+// Calls body(first, Count<N>()) for `Most` of the blocks [block, num_blocks) at a time, or what is left.
+template <int Most, class Body>
+SIMD_INLINE void for_blocks(int block, int num_blocks, const Body& body) {
+  for (; block + Most <= num_blocks; block += Most) body(block, Count<Most>());
+  if constexpr (Most > 1) {
+    if (block < num_blocks) for_blocks<Most - 1>(block, num_blocks, body);
+  }
+}

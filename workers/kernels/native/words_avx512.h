@@ -19,7 +19,7 @@ SIMD_INLINE F8 floats_of(const WordSums& sums, int half) {
 }
 
 template <class Body>
-SIMD_INLINE void for_rows(int num_queries, const Body& body) {
+SIMD_INLINE void for_query_tiles(int num_queries, const Body& body) {
   for_tiles(0, num_queries, body);
 }
 template <int Rows>
@@ -30,7 +30,7 @@ constexpr auto soften_piece = soften_to_words;
 #else
 // `soften_to_words` with 16 lanes and the same bits.
 SIMD_INLINE float soften_piece(const QueryState& state, int query, int begin, int end, int num_keys,
-                                  const float* value_scales, int16_t* words) {
+                               const float* value_scales, int16_t* words) {
   begin = begin > 0 ? begin : 0, end = end < num_keys ? end : num_keys;
   if (begin >= end) {
     std::memset(words, 0, static_cast<size_t>(num_keys) * sizeof(int16_t));
@@ -60,7 +60,8 @@ SIMD_INLINE float soften_piece(const QueryState& state, int query, int begin, in
     p[i] = _mm512_mul_ps(p[i], _mm512_loadu_ps(value_scales + 16 * i));
     sizes = _mm512_max_epi32(sizes, _mm512_castps_si512(_mm512_abs_ps(p[i])));
   }
-  const float largest_word = _mm512_cvtss_f32(_mm512_castsi512_ps(_mm512_set1_epi32(_mm512_reduce_max_epi32(sizes))));
+  const int largest_bits = _mm512_reduce_max_epi32(sizes);
+  const float largest_word = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(largest_bits)));
   if (largest_word < kLeastScale) {
     std::memset(words, 0, kPieceSize * sizeof(int16_t));
     return 0.0f;
