@@ -124,7 +124,7 @@ struct AttentionTask {
   int sliding_window;        // a token sees itself and the window - 1 before it; 0: all
   float scale;
   const void *keys, *values;  // this KV head in block 0: (block_size, head_dim) of kv_dtype
-  const float *key_scales, *value_scales;  // int8: this KV head's in block 0: (block_size,)
+  const float *key_scales, *value_scales;  // this KV head's in block 0: (block_size,); null but for int8
   FsDtype kv_dtype;          // fp32, bf16 or int8
   bool is_paired;            // the cache is, see kv_cache.h
   const int32_t* block_ids;
@@ -143,9 +143,7 @@ struct AttentionTask {
 
   // Positions [begin, end) of its context.
   Context context(int begin, int end) const {
-    const bool has_scales = kv_dtype == kInt8;
-    return {keys,  values, has_scales ? key_scales : nullptr, has_scales ? value_scales : nullptr,
-            block_ids, begin,  end};
+    return {keys, values, key_scales, value_scales, block_ids, begin, end};
   }
 };
 

@@ -42,7 +42,7 @@ class KvCache {
   // Where block 0 of this layer's head begins.
   uint8_t* keys(int layer, int kv_head) const { return keys_.data() + offset(layer, kv_head); }
   uint8_t* values(int layer, int kv_head) const { return values_.data() + offset(layer, kv_head); }
-  // The same of an int8 cache's scales.
+  // The same of an int8 cache's scales; null for other types.
   float* key_scales(int layer, int kv_head) const { return scales(key_scales_, layer, kv_head); }
   float* value_scales(int layer, int kv_head) const {
     return scales(value_scales_, layer, kv_head);
@@ -67,14 +67,8 @@ class KvCache {
   }
   // Positions [begin, end) of a sequence whose blocks `block_ids` names.
   Context context(int layer, int kv_head, const int32_t* block_ids, int begin, int end) const {
-    const bool has_scales = dtype == kInt8;
-    return {keys(layer, kv_head),
-            values(layer, kv_head),
-            has_scales ? key_scales(layer, kv_head) : nullptr,
-            has_scales ? value_scales(layer, kv_head) : nullptr,
-            block_ids,
-            begin,
-            end};
+    return {keys(layer, kv_head), values(layer, kv_head), key_scales(layer, kv_head),
+            value_scales(layer, kv_head), block_ids, begin, end};
   }
   // Writes head_dim values of one head at `slot`, a position counted in positions from block 0 on.
   void put_key(int layer, int kv_head, int64_t slot, const float* head,
@@ -106,6 +100,7 @@ class KvCache {
     return layer * layer_nbytes_ + places_.of_head(kv_head) * value_nbytes_;
   }
   float* scales(const MappedMemory& memory, int layer, int kv_head) const {
+    if (dtype != kInt8) return nullptr;
     return reinterpret_cast<float*>(memory.data()) + layer * layer_scales_ +
            scale_places_.of_head(kv_head);
   }
