@@ -223,18 +223,17 @@ def run_model(
     chunk: int = 128,
     together: bool = True,
     num_pes: int = 2,
-    block_size: int = 16,
 ) -> np.ndarray:
     executor = NativeExecutor(
         artifact,
-        num_blocks=1024 // block_size,
-        block_size=block_size,
+        num_blocks=64,
+        block_size=16,
         kv_cache_dtype=kv_cache_dtype,
         cpus=((),) * num_pes,
         max_num_batched_tokens=256,
         isa=isa,
     )
-    logits = all_logits(executor, chunk, together, block_size)
+    logits = all_logits(executor, chunk, together, 16)
     executor.close()
     return logits
 

@@ -34,7 +34,7 @@ class Engine {
   // Columns of gate and up, or tokens' logits, that are multiplied and used in one go, at most; of gate and
   // up, or as many as share a scale.
   static constexpr int kStretch = 128, kWidestStretch = std::max(kStretch, kMaxScaleGroup);
-  // LM head and sampling run on this many rows at a time, which bounds the memory for logits.
+  // Where logits are kept, LM head and sampling run on this many rows at a time, which bounds the memory.
   static constexpr int kLogitsRows = 64;
   // Floats from one row of logits to the next.
   static constexpr int64_t logits_stride(int64_t vocab_size) { return (vocab_size + 15) / 16 * 16; }

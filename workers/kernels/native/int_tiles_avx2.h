@@ -20,6 +20,26 @@ struct Group {
   F8 scales[2], mins[2];
 };
 
+// A panel of int4 as it is packed: all but how a family multiplies it.
+template <bool HasMin>
+struct Int4Panel {
+  static constexpr bool kHasMin = HasMin;
+  static constexpr int inputs() { return kGroupSize; }
+  const uint8_t* panel;
+  const uint16_t *scales, *mins;
+
+  Int4Panel(const Matrix& w, const uint8_t* panel)
+      : panel(panel),
+        scales(reinterpret_cast<const uint16_t*>(panel + w.cols * kPanelRows / 2)),
+        mins(scales + w.num_groups() * kPanelRows) {}
+  SIMD_INLINE Group group(int g) const {
+    const uint16_t *scale = scales + g * kPanelRows, *min = mins + g * kPanelRows;
+    Group group{panel + g * 256, {load_half(scale), load_half(scale + 8)}, {}};
+    if (HasMin) group.mins[0] = load_half(min), group.mins[1] = load_half(min + 8);
+    return group;
+  }
+};
+
 // Adds groups [0, count) of `weights`, which are the row's groups from `first_group` on, to the
 // sums of `Rows` rows (16 floats each).
 template <int Rows, class Weights>

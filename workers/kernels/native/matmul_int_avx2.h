@@ -110,22 +110,8 @@ SIMD_INLINE void widen_nibbles(__m256i (&dot)[Rows][2], const Activations& x, in
 }
 
 template <bool HasMin>
-struct PackedInt4 {
-  static constexpr bool kHasMin = HasMin;
-  static constexpr int inputs() { return kGroupSize; }
-  const uint8_t* panel;
-  const uint16_t *scales, *mins;
-
-  PackedInt4(const Matrix& w, const uint8_t* panel)
-      : panel(panel),
-        scales(reinterpret_cast<const uint16_t*>(panel + w.cols * kPanelRows / 2)),
-        mins(scales + w.num_groups() * kPanelRows) {}
-  SIMD_INLINE Group group(int g) const {
-    const uint16_t *scale = scales + g * kPanelRows, *min = mins + g * kPanelRows;
-    Group group{panel + g * 256, {load_half(scale), load_half(scale + 8)}, {}};
-    if (HasMin) group.mins[0] = load_half(min), group.mins[1] = load_half(min + 8);
-    return group;
-  }
+struct PackedInt4 : Int4Panel<HasMin> {
+  using Int4Panel<HasMin>::Int4Panel;
   template <int Rows>
   SIMD_INLINE void dots(__m256i (&dot)[Rows][2], const Group& group, int, const Activations& x,
                         int64_t index, PanelFetch& fetch) const {

@@ -5,6 +5,13 @@
 // From so many rows on, unpacking a panel pays.
 constexpr int kManyRows = 12;
 
+// dot[m] = start(m) in all lanes, of which each is an output.
+template <int Rows, class Start>
+SIMD_INLINE void start_dots(__m256i (&dot)[Rows][2], const Start& start) {
+#pragma GCC unroll 6
+  for (int m = 0; m < Rows; ++m) dot[m][0] = dot[m][1] = _mm256_set1_epi32(start(m));
+}
+
 struct PackedInt8 {
   static constexpr bool kHasMin = false;
   const uint8_t* panel;
@@ -24,45 +31,27 @@ struct PackedInt8 {
   SIMD_INLINE void dots(__m256i (&dot)[Rows][2], const Group& group, int, const Activations& x,
                         int64_t index, PanelFetch& fetch) const {
     const int64_t num_scales = x.cols / inputs();
-    DotSums<Rows> sums([&](int m) __attribute__((always_inline)) {
-      return _mm256_set1_epi32(x.offsets[index + m * num_scales]);
-    });
+    start_dots(dot, [&](int m) __attribute__((always_inline)) { return x.offsets[index + m * num_scales]; });
     const int8_t* quants = x.quants + index * inputs();
     for (int i = 0; i < per_scale; ++i, quants += kGroupSize) {
       if (i % 2 == 0) fetch.advance();
-      sums.add_signed(group.weights + i * 512, quants, x.cols);
+      dot_signed<Rows>(dot, group.weights + i * 512, quants, x.cols);
     }
-    sums.total(dot);
   }
 };
 
 template <bool HasMin>
-struct PackedInt4 {
-  static constexpr bool kHasMin = HasMin;
-  static constexpr int inputs() { return kGroupSize; }
-  const uint8_t* panel;
-  const uint16_t *scales, *mins;
-
-  PackedInt4(const Matrix& w, const uint8_t* panel)
-      : panel(panel),
-        scales(reinterpret_cast<const uint16_t*>(panel + w.cols * kPanelRows / 2)),
-        mins(scales + w.num_groups() * kPanelRows) {}
-  SIMD_INLINE Group group(int g) const {
-    const uint16_t *scale = scales + g * kPanelRows, *min = mins + g * kPanelRows;
-    Group group{panel + g * 256, {load_half(scale), load_half(scale + 8)}, {}};
-    if (HasMin) group.mins[0] = load_half(min), group.mins[1] = load_half(min + 8);
-    return group;
-  }
+struct PackedInt4 : Int4Panel<HasMin> {
+  using Int4Panel<HasMin>::Int4Panel;
   template <int Rows>
   SIMD_INLINE void dots(__m256i (&dot)[Rows][2], const Group& group, int, const Activations& x,
                         int64_t index, PanelFetch& fetch) const {
     const int64_t num_groups = x.cols / kGroupSize;
     fetch.advance();
-    DotSums<Rows> sums([&](int m) __attribute__((always_inline)) {
-      return HasMin ? _mm256_setzero_si256() : _mm256_set1_epi32(x.group_offsets[index + m * num_groups]);
+    start_dots(dot, [&](int m) __attribute__((always_inline)) {
+      return HasMin ? 0 : x.group_offsets[index + m * num_groups];
     });
-    sums.add_nibbles(group.weights, x.quants + index * kGroupSize, x.cols);
-    sums.total(dot);
+    dot_nibbles<Rows>(dot, group.weights, x.quants + index * kGroupSize, x.cols);
   }
 };
 
@@ -131,12 +120,12 @@ struct PackedNested4 {
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
       const int64_t group = 2 * index + i;
-      DotSums<Rows> sums([&](int m) __attribute__((always_inline)) {
-        return _mm256_set1_epi32(x.group_offsets[group + 2 * m * num_pairs]);
-      });
-      sums.add_nibbles(parts.nibbles + (2 * pair + i) * 256, x.quants + group * kGroupSize, x.cols);
       __m256i products[Rows][2];
-      sums.total(products);
+      start_dots(products, [&](int m) __attribute__((always_inline)) {
+        return x.group_offsets[group + 2 * m * num_pairs];
+      });
+      const uint8_t* nibbles = parts.nibbles + (2 * pair + i) * 256;
+      dot_nibbles<Rows>(products, nibbles, x.quants + group * kGroupSize, x.cols);
 #pragma GCC unroll 6
       for (int m = 0; m < Rows; ++m) {
         for (int half = 0; half < 2; ++half) {
@@ -168,17 +157,14 @@ struct UnpackedNested4 {
   SIMD_INLINE void dots(__m256i (&dot)[Rows][2], const Group&, int g, const Activations& x, int64_t index,
                         PanelFetch& fetch) const {
     const int64_t num_scales = x.cols / inputs();
-    DotSums<Rows> sums([&](int m) __attribute__((always_inline)) {
-      return _mm256_set1_epi32(x.offsets[index + m * num_scales]);
-    });
+    start_dots(dot, [&](int m) __attribute__((always_inline)) { return x.offsets[index + m * num_scales]; });
     const int8_t* quants = x.quants + index * inputs();
     for (int i = 0; i < per_scale; ++i, quants += kPairSize) {
       fetch.advance();
       for (int k = 0; k < 2; ++k) {
-        sums.add_bytes(pairs[g * per_scale + i].values[k], quants + k * kGroupSize, x.cols);
+        dot_bytes<Rows>(dot, pairs[g * per_scale + i].values[k], quants + k * kGroupSize, x.cols);
       }
     }
-    sums.total(dot);
   }
 };
 
