@@ -33,7 +33,7 @@ from furiosa_llm.workers.kernels.reference_ops import attend
 
 # Together more than the last-level cache of most machines, so that each call reads memory.
 WORKING_SET_NBYTES = 128 << 20
-DTYPES = ("int8", "nested4", "bf16", "fp32")
+DTYPES = ("int8", "int6", "nested4", "bf16", "fp32")
 KV_DTYPES = ("bf16", "int8", "fp32")
 NUM_ROWS = (1, 4, 16, 64, 512)
 # (sequences, new tokens of each, context)

@@ -78,10 +78,11 @@ def exact_tensor(dtype: str, q: np.ndarray) -> Tensor:
     scales = 2.0 ** (np.arange(q.shape[0] * groups).reshape(len(q), groups) % 3)
     mins = -5.0 * scales if variant == "min" else None
     blocks = QuantizedRows(
-        q.astype(np.int8 if kind == "int8" else np.uint8),
+        q.astype(np.int8 if kind in ("int8", "int6") else np.uint8),
         scales.astype(np.float16),
         None if mins is None else mins.astype(np.float16),
         rotated,
+        bits=6 if kind == "int6" else 8,
     )
     if kind == "nested4":  # every factor, and the shifts that still give an int8
         factors = (np.arange(q.size // 32).reshape(len(q), -1) % 15 + 1).astype(np.uint8)
@@ -100,7 +101,15 @@ def exact_tensor(dtype: str, q: np.ndarray) -> Tensor:
     ("dtype", "cols"),
     [
         (dtype, cols)
-        for dtype in ("int8", "int8-rotated", "int4", "int4-min", "nested4", "nested4-rotated")
+        for dtype in (
+            "int8",
+            "int8-rotated",
+            "int6-rotated",
+            "int4",
+            "int4-min",
+            "nested4",
+            "nested4-rotated",
+        )
         for cols in (96, 128, 192)
         if is_whole(dtype, cols)
     ],
@@ -108,7 +117,8 @@ def exact_tensor(dtype: str, q: np.ndarray) -> Tensor:
 @pytest.mark.parametrize("num_rows", [48, 70])
 def test_integer_sums_are_exact(isa: str, dtype: str, cols: int, num_rows: int) -> None:
     random = np.random.default_rng(7)
-    low, high = (-128, 128) if dtype.startswith("int8") else (0, 16)
+    ranges = {"int8": (-128, 128), "int6": (-32, 32)}
+    low, high = ranges.get(dtype.partition("-")[0], (0, 16))
     q = random.integers(low, high, (40, cols))
     q[:2], q[2:4] = low, high - 1  # what saturates first
     tensor = exact_tensor(dtype, q)

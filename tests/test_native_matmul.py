@@ -17,7 +17,7 @@ from furiosa_llm.workers.kernels import native, native_library
 ISAS = native_library.available_isas()
 WEIGHTS = ("fp32", "bf16", "int8", "int4")
 # int8-file, nested4-plain: not rotated, as blocks from a file and weights on a grid are.
-DTYPES = (*WEIGHTS, "int4-min", "int8-file", "nested4", "nested4-plain")
+DTYPES = (*WEIGHTS, "int4-min", "int8-file", "int6", "nested4", "nested4-plain")
 
 
 def is_whole(dtype: str, cols: int) -> bool:

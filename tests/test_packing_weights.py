@@ -31,7 +31,7 @@ from furiosa_llm.workers.artifact.sizes import (
 )
 
 SHAPES = [(1, 32), (16, 64), (17, 96), (48, 576)]
-INTEGERS = ("int8", "int4", "nested4")
+INTEGERS = ("int8", "int6", "int4", "nested4")
 
 
 def random_matrix(rows: int, cols: int, seed: int = 0) -> np.ndarray:
@@ -40,7 +40,10 @@ def random_matrix(rows: int, cols: int, seed: int = 0) -> np.ndarray:
 
 def random_blocks(rows: int, cols: int, dtype: str, has_min: bool = False) -> QuantizedRows:
     rng = np.random.default_rng(rows * cols)
-    low, high, kind = (-128, 128, np.int8) if dtype == "int8" else (0, 16, np.uint8)
+    bits = {"int8": 8, "int6": 6}.get(dtype)
+    low, high, kind = (
+        (0, 16, np.uint8) if bits is None else (-(2**bits) // 2, 2**bits // 2, np.int8)
+    )
     q = rng.integers(low, high, (rows, cols)).astype(kind)
     scales, mins = rng.standard_normal((2, rows, cols // 32)).astype(np.float16)
     if dtype == "nested4":
@@ -52,7 +55,10 @@ def random_blocks(rows: int, cols: int, dtype: str, has_min: bool = False) -> Qu
             factors=factors.astype(np.uint8),
             shifts=shifts.astype(np.int8),
         )
-    return QuantizedRows(q, scales, mins if has_min else None)
+    num_scales = cols // scale_group(cols, dtype, False)
+    return QuantizedRows(
+        q, scales[:, :num_scales], mins if has_min else None, bits=8 if bits is None else bits
+    )
 
 
 @pytest.mark.parametrize(
@@ -164,6 +170,20 @@ def test_nested4_bytes_are_those_of_the_format():
     assert not panel[4 * 256 + 128 :].any()
 
 
+def test_int6_bytes_are_those_of_the_format():
+    blocks = random_blocks(16, 128, "int6")
+    panel = pack_quantized(blocks)
+    data = panel[: 4 * 384].reshape(4, 2, 3, 16, 4)
+    scales = panel[4 * 384 :].view(np.float16)  # all 128 of a row share one
+    assert scales.shape == (32,), "the panel is filled up to a multiple of 64 bytes"
+    for row, col in [(0, 0), (5, 17), (9, 46), (11, 61), (15, 127)]:
+        half = data[col // 32, col % 32 // 16, :, row, col % 4]
+        quad = col % 16 // 4
+        upper = (half[0] >> 6) + (half[1] >> 6) * 4 + (half[2] >> 6) * 16
+        assert (half[quad] & 63 if quad < 3 else upper) == blocks.q[row, col] + 32
+        assert scales[row] == blocks.scales[row, 0]
+
+
 @given(
     hnp.arrays(
         np.float32,
@@ -225,6 +245,7 @@ def test_int4_is_rotated_where_that_leaves_less_error():
     on_a_grid = decode(gguf.quantize(values, gguf.GGMLQuantizationType.Q4_0), "Q4_0")
     assert not should_rotate(on_a_grid, "int4")
     assert should_rotate(on_a_grid, "int8")
+    assert should_rotate(on_a_grid, "int6")
     stored = quantize(on_a_grid, "int4", rotated=False)
     assert not stored.rotated
     np.testing.assert_allclose(stored.dequantize(), on_a_grid, rtol=1e-2, atol=1e-2)
@@ -248,7 +269,8 @@ def test_an_outlier_does_not_cost_its_group_the_precision():
 )
 @settings(max_examples=60, deadline=None)
 def test_quantisation_is_no_worse_than_the_plain_grid(values):
-    for dtype, steps, low, high in (("int8", 127, -127, 127), ("int4", 8, -8, 7)):
+    grids = (("int8", 127, -127, 127), ("int6", 31, -31, 31), ("int4", 8, -8, 7))
+    for dtype, steps, low, high in grids:
         group = scale_group(values.shape[1], dtype, rotated=True)
         groups = (hadamard(values) * WEIGHTS_FACTOR).reshape(len(values), -1, group)
         extreme = np.take_along_axis(groups, np.abs(groups).argmax(axis=2, keepdims=True), axis=2)
@@ -271,6 +293,7 @@ def test_quantisation_is_no_worse_than_the_plain_grid(values):
         pytest.param("int8", 320, gguf.GGMLQuantizationType.Q8_0, 1.07, id="int8 by 64 near Q8_0"),
         pytest.param("int8", 512, gguf.GGMLQuantizationType.Q8_0, 1.36, id="int8 by 128"),
         pytest.param("int8", 576, gguf.GGMLQuantizationType.Q8_0, 1.5, id="int8 by 192"),
+        pytest.param("int6", 576, gguf.GGMLQuantizationType.Q5_1, 0.5, id="int6 well below Q5_1"),
         pytest.param("int4", 512, gguf.GGMLQuantizationType.Q4_0, 0.92, id="int4 well below Q4_0"),
         pytest.param("nested4", 512, gguf.GGMLQuantizationType.Q4_0, 0.76, id="nested4 below int4"),
         pytest.param("nested4", 576, gguf.GGMLQuantizationType.Q4_1, 1.0, id="nested4 below Q4_1"),

@@ -39,7 +39,7 @@ from furiosa_llm.workers.kernels.reference_ops import (
     swiglu,
 )
 
-DTYPES = ("fp32", "bf16", "int8", "int8-file", "int4", "int4-min", "nested4")
+DTYPES = ("fp32", "bf16", "int8", "int8-file", "int4", "int4-min", "nested4", "int6")
 
 
 def random_floats(seed: int, *shape: int) -> np.ndarray:
@@ -57,14 +57,14 @@ def packed(values: np.ndarray, dtype: str) -> Tensor:
     if dtype == "int8-file":
         blocks = replace(quantize(values, "int8"), rotated=False)
         return Tensor("int8", *values.shape, False, False, pack_quantized(blocks))
-    rotated = dtype in ("int8", "int4", "nested4")
+    rotated = dtype in ("int8", "int4", "nested4", "int6")
     return Tensor(dtype, *values.shape, False, rotated, pack_matrix(values, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_rows", [0, 1, TILE_ROWS, 2 * TILE_ROWS + 3])
 def test_product_is_that_of_the_unpacked_matrix(dtype, num_rows):
-    cols = 128 if dtype == "nested4" else 96
+    cols = 128 if dtype in ("nested4", "int6") else 96
     tensor = packed(random_floats(0, 50, cols), dtype)
     x = random_floats(1, num_rows, cols)
     if num_rows:

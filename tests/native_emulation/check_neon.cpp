@@ -72,7 +72,8 @@ void check_matmul(FsDtype dtype, bool has_min, bool is_rotated, int scale_group 
   const size_t num_scale_bytes = static_cast<size_t>(kCols / scale_group * kPanelRows * 2);
   const size_t panel_nbytes[] = {kCols * 64, kCols * 32, kCols * 16 + num_scale_bytes,
                                  kCols * 8 + 2 * num_scale_bytes,
-                                 kCols * 8 + num_scale_bytes + kCols / kPairSize * kPanelRows * 3};
+                                 kCols * 8 + num_scale_bytes + kCols / kPairSize * kPanelRows * 3,
+                                 kCols * 12 + num_scale_bytes};
   Matrix w;
   w.dtype = dtype, w.has_min = has_min, w.is_rotated = is_rotated, w.rows = kRows, w.cols = kCols, w.num_panels = 3;
   w.scale_group = scale_group;
@@ -93,7 +94,7 @@ void check_matmul(FsDtype dtype, bool has_min, bool is_rotated, int scale_group 
     }
   }
   for (int panel = 0; panel < 3 && w.is_quantized(); ++panel) {  // scales and mins near 2^-4
-    const size_t num_data = dtype == kInt8 ? kCols * 16 : kCols * 8;
+    const size_t num_data = dtype == kInt8 ? kCols * 16 : dtype == kInt6 ? kCols * 12 : kCols * 8;
     const size_t end = dtype == kNested4 ? num_data + num_scale_bytes : panel_nbytes[dtype];
     for (size_t i = num_data; i + 2 <= end; i += 2) {
       const uint16_t half = static_cast<uint16_t>(0x2c00 | (random_bits() & 0x3ff));
@@ -111,13 +112,14 @@ void check_matmul(FsDtype dtype, bool has_min, bool is_rotated, int scale_group 
   for (int family = 0; family < 2; ++family) {
     const KernelTable& kernels = family == 0 ? kNeonKernels : kPortableKernels;
     Inputs inputs(kernels, w, from, kInputs);
+    std::vector<uint8_t> scratch(static_cast<size_t>(matmul_scratch_nbytes(kCols)));
     results[family].assign(kInputs * kRows, 0.5f);
     const Output out{results[family].data(), kRows, bias.data(), true};
-    kernels.matmul[dtype](w, 0, 3, inputs.x, 0, kInputs, out, nullptr);
+    kernels.matmul[dtype](w, 0, 3, inputs.x, 0, kInputs, out, scratch.data());
     for (int row = 0; row < kInputs; ++row) {  // a row alone has the same bits
       std::vector<float> alone(static_cast<size_t>(kInputs * kRows), 0.5f);
       kernels.matmul[dtype](w, 0, 3, inputs.x, row, row + 1, {alone.data(), kRows, bias.data(), true},
-                            nullptr);
+                            scratch.data());
       if (std::memcmp(&alone[row * kRows], &results[family][row * kRows], kRows * 4) != 0) {
         fail("a row alone");
       }
@@ -232,6 +234,7 @@ int main() {
   for (const FsDtype dtype : {kInt8, kInt4}) check_matmul(dtype, false, true);
   for (const int size : {kPairSize, 2 * kPairSize}) check_matmul(kInt8, false, true, size);
   check_matmul(kInt4, true, false);
+  for (const int size : {kPairSize, 2 * kPairSize}) check_matmul(kInt6, false, true, size);
   for (const bool is_rotated : {false, true}) {
     for (const int size : {kPairSize, 2 * kPairSize}) check_matmul(kNested4, false, is_rotated, size);
   }

@@ -139,6 +139,10 @@ EMULATED __m512i and_si512(__m512i a, __m512i b) {
   const Lanes<int32_t, __m512i> x(a), y(b);
   return for_ints<int32_t>([&](int i) { return x.lane[i] & y.lane[i]; });
 }
+EMULATED __m512i or_si512(__m512i a, __m512i b) {
+  const Lanes<int32_t, __m512i> x(a), y(b);
+  return for_ints<int32_t>([&](int i) { return x.lane[i] | y.lane[i]; });
+}
 EMULATED __m512i xor_si512(__m512i a, __m512i b) {
   const Lanes<int32_t, __m512i> x(a), y(b);
   return for_ints<int32_t>([&](int i) { return x.lane[i] ^ y.lane[i]; });
@@ -195,6 +199,10 @@ EMULATED __m512i srli_epi32(__m512i a, unsigned count) {
   const Lanes<uint32_t, __m512i> x(a);
   return for_ints<uint32_t>([&](int i) { return x.lane[i] >> count; });
 }
+EMULATED __m512i srai_epi32(__m512i a, unsigned count) {
+  const Lanes<int32_t, __m512i> x(a);
+  return for_ints<int32_t>([&](int i) { return x.lane[i] >> count; });
+}
 EMULATED __m512i srli_epi16(__m512i a, unsigned count) {
   const Lanes<uint16_t, __m512i> x(a);
   return for_ints<uint16_t>([&](int i) { return x.lane[i] >> count; });
@@ -230,6 +238,7 @@ EMULATED __m512i dpwssd_epi32(__m512i sums, __m512i a, __m512i b) {
 #undef _mm512_srli_epi16
 #undef _mm512_srli_epi32
 #undef _mm512_slli_epi32
+#undef _mm512_srai_epi32
 #define _mm512_set1_ps emulated::set1_ps
 #define _mm512_set1_epi8 emulated::set1_epi8
 #define _mm512_set1_epi32 emulated::set1_epi32
@@ -252,12 +261,14 @@ EMULATED __m512i dpwssd_epi32(__m512i sums, __m512i a, __m512i b) {
 #define _mm512_cvtph_ps emulated::cvtph_ps
 #define _mm512_cvtne2ps_pbh emulated::cvtne2ps_pbh
 #define _mm512_and_si512 emulated::and_si512
+#define _mm512_or_si512 emulated::or_si512
 #define _mm512_xor_si512 emulated::xor_si512
 #define _mm512_shuffle_epi8 emulated::shuffle_epi8
 #define _mm512_sub_epi32 emulated::sub_epi32
 #define _mm512_sub_epi8 emulated::sub_epi8
 #define _mm512_srli_epi16 emulated::srli_epi16
 #define _mm512_slli_epi32 emulated::slli_epi32
+#define _mm512_srai_epi32 emulated::srai_epi32
 #define _mm512_dpbusd_epi32 emulated::dpbusd_epi32
 #define _mm512_dpwssd_epi32 emulated::dpwssd_epi32
 #define _mm512_add_epi32 emulated::add_epi32

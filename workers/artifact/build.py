@@ -143,13 +143,13 @@ def plan_matrix(name: str, parts: list[SourceMatrix], weights: str) -> MatrixPla
     """Choose how to store a matrix.
 
     `auto` takes the widest of its parts' own precisions. With int4 the embedding and the LM head
-    are int8: a few percent of the bytes of all but the smallest models, and most of what int4
-    there would cost in quality. Columns that are not whole groups keep a float type.
+    are int6, or int8 where that has no room: most of what int4 costs in quality it would cost
+    there. Columns that are not whole groups keep a float type.
     """
     own = max((precision_of(part.encoding) for part in parts), key=PRECISIONS.index)
     dtype = own if weights == "auto" else weights
     if weights == "int4" and name in ("embed", "lm_head"):
-        dtype = "int8"
+        dtype = "int6" if parts[0].cols % cols_multiple("int6") == 0 else "int8"
     if dtype in ("int8", "int4") and parts[0].cols % cols_multiple(dtype):
         dtype = own if own in FLOAT_DTYPES else "bf16"
     if parts[0].cols % cols_multiple(dtype):

@@ -21,7 +21,7 @@ from furiosa_llm.workers.artifact.sizes import (
     matrix_nbytes,
 )
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 MAGIC = b"FURIOSA1"
 HEADER_NBYTES = 4096
 MANIFEST_NAME = "artifact.json"

@@ -42,7 +42,7 @@ def pack_matrix(values: NDArray[np.float32], dtype: str, *, rotated: bool = True
 
     Args:
         values: (rows, cols) float32; cols a multiple of `cols_multiple(dtype)`.
-        dtype: fp32, bf16, int8, int4 or nested4.
+        dtype: fp32, bf16, or one of `quantize`.
         rotated: of the integer ones, whether groups are rotated before (see `quantize`).
     Returns: 1-D uint8 of `matrix_nbytes(rows, cols, dtype)` bytes, a new array.
     Raises: ValueError for values that the dtype cannot hold (see `quantize`).
@@ -63,9 +63,12 @@ def pack_quantized(blocks: QuantizedRows) -> Bytes:
     """Pack integers and scales as they are. Returns 1-D uint8, as `pack_matrix` does."""
     cols, dtype = blocks.q.shape[1], blocks.dtype
     _check_cols(cols, dtype)
-    panels = _in_panels(blocks.q)
+    panels = _in_panels(blocks.q + 32 if dtype == "int6" else blocks.q)
+    # (panels, groups, quads, rows, 4)
     quads = panels.reshape(len(panels), PANEL_ROWS, cols // GROUP, 8, 4).transpose(0, 2, 3, 1, 4)
-    if dtype != "int8":  # (panels, groups, quads, rows, 4): quad j low, quad j + 4 high
+    if dtype == "int6":
+        quads = _in_six_bits(quads)
+    elif dtype != "int8":  # quad j low, quad j + 4 high
         quads = quads[:, :, :4] | (quads[:, :, 4:] << 4)
     parts = [quads, _in_panels(blocks.scales).transpose(0, 2, 1)]
     if blocks.mins is not None:
@@ -90,10 +93,12 @@ def unpack_quantized(
     num_scales = cols // scale_group(cols, dtype, rotated)
     num_panels = -(-rows // PANEL_ROWS)
     panels = data.reshape(num_panels, -1)
-    data_nbytes = PANEL_ROWS * (cols if dtype == "int8" else cols // 2)
+    data_nbytes = PANEL_ROWS * {"int8": cols, "int6": cols * 3 // 4}.get(dtype, cols // 2)
     scales_nbytes = num_scales * PANEL_ROWS * 2
     quads = panels[:, :data_nbytes].reshape(num_panels, cols // GROUP, -1, PANEL_ROWS, 4)
-    if dtype != "int8":
+    if dtype == "int6":
+        quads = _from_six_bits(quads) - np.uint8(32)
+    elif dtype != "int8":
         quads = np.concatenate([quads & 15, quads >> 4], axis=2)
     q = quads.transpose(0, 3, 1, 2, 4).reshape(-1, cols)[:rows]
 
@@ -125,6 +130,8 @@ def unpack_quantized(
             shifts=by_row(shifts).view(np.int8),
         )
     mins = halves(data_nbytes + scales_nbytes) if has_min else None
+    if dtype == "int6":
+        return QuantizedRows(q.view(np.int8), scales, rotated=rotated, bits=6)
     return QuantizedRows(q.view(np.int8) if dtype == "int8" else q, scales, mins, rotated)
 
 
@@ -147,6 +154,25 @@ def unpack_matrix(
     used = np.ascontiguousarray(panels[:, : cols * PANEL_ROWS * 2]).view(np.uint16)
     pairs = used.reshape(num_panels, cols // 2, PANEL_ROWS, 2).transpose(0, 2, 1, 3)
     return from_bf16(pairs.reshape(-1, cols)[:rows])
+
+
+def _in_six_bits(quads: NDArray[Any]) -> NDArray[Any]:
+    """Eight quads of values of 6 bits (panels, groups, 8, ...) as six of bytes: of each four, the
+    last one's bits are the upper two of the other three.
+    """
+    fours = quads.reshape(*quads.shape[:2], 2, 4, *quads.shape[3:])
+    last = fours[:, :, :, 3]
+    upper = np.stack([last << 6, last >> 2 << 6, last >> 4 << 6], axis=3)
+    return (fours[:, :, :, :3] | upper).reshape(*quads.shape[:2], 6, *quads.shape[3:])
+
+
+def _from_six_bits(quads: NDArray[Any]) -> NDArray[Any]:
+    """The inverse of `_in_six_bits`."""
+    threes = quads.reshape(*quads.shape[:2], 2, 3, *quads.shape[3:])
+    upper = threes >> 6
+    last = upper[:, :, :, :1] | upper[:, :, :, 1:2] << 2 | upper[:, :, :, 2:] << 4
+    eight = np.concatenate([threes & 63, last], axis=3)
+    return eight.reshape(*quads.shape[:2], 8, *quads.shape[3:])
 
 
 def _check_cols(cols: int, dtype: str) -> None:

@@ -1,4 +1,4 @@
-"""Matrices as groups of small integers: `int8`, `int4` and `nested4`.
+"""Matrices as groups of small integers: `int8`, `int6`, `int4` and `nested4`.
 
 Groups of 32 are the blocks of GGUF's Q8_0, Q4_0 and Q4_1. What we quantise ourselves is rotated
 before (rotation.py) unless that makes it worse, and several neighbouring groups share a scale (see
@@ -7,7 +7,7 @@ before (rotation.py) unless that makes it worse, and several neighbouring groups
 nested4 is what our own 4-bit weights are then. A scale alone would serve so many of them badly; but
 it need not: each 32 have a small factor and shift of their own, both integers, so that what the
 scale multiplies is an int8 again. Q4_K of llama.cpp (Kawrakow 2023) nests its scales so, in
-groups of 256.
+groups of 256. int6 is for what our own 4-bit weights would lose too much in: embeddings and heads.
 
 Rows are independent and a group never crosses a row, so a matrix may be quantised in slices of
 rows with the same result; that is how the builders keep their memory bounded.
@@ -29,8 +29,9 @@ from furiosa_llm.workers.artifact.sizes import GROUP, scale_group
 _INT4_EXTREMES = (8.0, 7.7, 7.4, 7.1, 8.4, 8.8)
 
 # Where the largest value of a group may fall. Plain Q8_0 knows 127 alone. A coarser grid often
-# meets the other 31 better.
-_INT8_EXTREMES = range(127, 100, -1)
+# meets the other 31 better; of 6 bits, so may a finer one that cuts the largest off.
+_INT8_EXTREMES = tuple(range(127, 100, -1))
+_INT6_EXTREMES = tuple(31 + step / 2 for step in range(4, -14, -1))
 
 # What the larger factor of a nested group would be, and how much of the way from a group's least to
 # its largest value its grid spans.
@@ -44,9 +45,10 @@ _MAX_FLOAT16 = 65504.0
 class QuantizedRows:
     """Rows of a matrix in groups: w = scale * q, with what `q` is offset by said here.
 
-    int8: w = scale * q, q int8. int4: q uint8 in 0..15; w = scale * (q - 8), or, where there are
-    mins, w = scale * q + min. nested4: w = scale * (factor * (q - 8) + shift), where what is in
-    parentheses is an int8. With `rotated` those w are WEIGHTS_FACTOR * H times the weights.
+    int8: w = scale * q, q int8. int6: the same, q in -32..31. int4: q uint8 in 0..15;
+    w = scale * (q - 8), or, where there are mins, w = scale * q + min. nested4:
+    w = scale * (factor * (q - 8) + shift), where what is in parentheses is an int8. With `rotated`
+    those w are WEIGHTS_FACTOR * H times the weights.
     """
 
     q: NDArray[np.int8] | NDArray[np.uint8]  # (rows, cols)
@@ -55,12 +57,13 @@ class QuantizedRows:
     rotated: bool = False
     factors: NDArray[np.uint8] | None = None  # nested4: (rows, cols / 32), 1..15
     shifts: NDArray[np.int8] | None = None  # nested4: (rows, cols / 32)
+    bits: int = 8  # that q takes, where it is int8
 
     @property
     def dtype(self) -> str:
         if self.factors is not None:
             return "nested4"
-        return "int8" if self.q.dtype == np.int8 else "int4"
+        return f"int{self.bits}" if self.q.dtype == np.int8 else "int4"
 
     def integers(self) -> NDArray[np.int8] | NDArray[np.uint8]:
         """(rows, cols): what the scales multiply; but with mins, or in int4, see the class."""
@@ -98,7 +101,7 @@ class QuantizedRows:
 
 
 def quantize(values: NDArray[np.float32], dtype: str, *, rotated: bool = True) -> QuantizedRows:
-    """Quantise `values` (rows, cols) to `int8`, `int4` or `nested4`.
+    """Quantise `values` (rows, cols) to `int8`, `int6`, `int4` or `nested4`.
 
     Args:
         values: cols a multiple of `cols_multiple(dtype)`.
@@ -107,16 +110,21 @@ def quantize(values: NDArray[np.float32], dtype: str, *, rotated: bool = True) -
     Raises: ValueError for values that are not finite, or so large that a scale is not a float16.
     """
     groups = _groups_of(values, dtype, rotated)
-    quantizers = {"int8": _quantize_int8, "int4": _quantize_int4, "nested4": _quantize_nested4}
+    quantizers = {
+        "int8": _quantize_int8,
+        "int6": _quantize_int6,
+        "int4": _quantize_int4,
+        "nested4": _quantize_nested4,
+    }
     return replace(quantizers[dtype](groups), rotated=rotated)
 
 
 def should_rotate(values: NDArray[np.float32], dtype: str) -> bool:
     """Whether to rotate a matrix of which these are some rows: always for int8, whose kernels are
-    faster so; for four bits, if it leaves clearly less error. Where weights lie on a grid of few
-    steps already, as those of a model distributed in 4 bits do, it leaves more.
+    faster so, and for int6; for four bits, if it leaves clearly less error. Where weights lie on a
+    grid of few steps already, as those of a model distributed in 4 bits do, it leaves more.
     """
-    if dtype == "int8":
+    if dtype in ("int8", "int6"):
         return True
     errors = [
         np.square(quantize(values, dtype, rotated=rotated).dequantize() - values).sum()
@@ -126,7 +134,20 @@ def should_rotate(values: NDArray[np.float32], dtype: str) -> bool:
 
 
 def _quantize_int8(groups: NDArray[np.float32]) -> QuantizedRows:
-    """Symmetric, -127..127: per group the grid of least squared error among a few.
+    """Symmetric, -127..127."""
+    return QuantizedRows(*_on_symmetric_grids(groups, 127, _INT8_EXTREMES))
+
+
+def _quantize_int6(groups: NDArray[np.float32]) -> QuantizedRows:
+    """Symmetric, -31..31."""
+    return QuantizedRows(*_on_symmetric_grids(groups, 31, _INT6_EXTREMES), bits=6)
+
+
+def _on_symmetric_grids(
+    groups: NDArray[np.float32], largest: int, extremes: tuple[float, ...]
+) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
+    """Integers of -largest..largest (rows, cols) and their scales (rows, groups): per group the
+    grid of least squared error among a few.
 
     As for int4, each candidate's integers get their own least-squares scale. The error is measured
     with that scale as it is stored, a float16, so that its rounding counts.
@@ -134,8 +155,8 @@ def _quantize_int8(groups: NDArray[np.float32]) -> QuantizedRows:
     amax = np.abs(groups).max(axis=2)
     best_scales = np.zeros(amax.shape, np.float16)
     best_error = np.full_like(amax, np.inf)
-    for extreme in _INT8_EXTREMES:
-        q = _nearest(groups, _inverse_of_grid(amax, extreme), 127)
+    for extreme in extremes:
+        q = _nearest(groups, _inverse_of_grid(amax, extreme), largest)
         dot = np.einsum("rgk,rgk->rg", groups, q)
         norm = np.einsum("rgk,rgk->rg", q, q)
         scales = _as_float16(dot / np.maximum(norm, 1))
@@ -144,8 +165,8 @@ def _quantize_int8(groups: NDArray[np.float32]) -> QuantizedRows:
         better = error < best_error
         best_error = np.where(better, error, best_error)
         best_scales = np.where(better, scales, best_scales)
-    q = _nearest(groups, _inverse(best_scales), 127)
-    return QuantizedRows(q.astype(np.int8).reshape(len(q), -1), best_scales)
+    q = _nearest(groups, _inverse(best_scales), largest)
+    return q.astype(np.int8).reshape(len(q), -1), best_scales
 
 
 def _quantize_int4(groups: NDArray[np.float32]) -> QuantizedRows:

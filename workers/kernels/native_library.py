@@ -24,7 +24,7 @@ KNOWN_ISAS = ("amx", "avx512", "avxvnni", "avx2", "neon", "portable")  # of all 
 # FsStatus
 _OK, _INVALID_BATCH, _INVALID_ARTIFACT, _INVALID_CONFIG = 0, 1, 2, 3
 
-DTYPE_CODES = {"fp32": 0, "vector": 0, "bf16": 1, "int8": 2, "int4": 3, "nested4": 4}
+DTYPE_CODES = {"fp32": 0, "vector": 0, "bf16": 1, "int8": 2, "int4": 3, "nested4": 4, "int6": 5}
 
 
 class FsTensor(ctypes.Structure):

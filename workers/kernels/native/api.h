@@ -21,7 +21,7 @@ enum FsStatus : int32_t {
   kInternal = 6,
 };
 
-enum FsDtype : int32_t { kFp32 = 0, kBf16 = 1, kInt8 = 2, kInt4 = 3, kNested4 = 4 };
+enum FsDtype : int32_t { kFp32 = 0, kBf16 = 1, kInt8 = 2, kInt4 = 3, kNested4 = 4, kInt6 = 5 };
 
 // A packed matrix as docs/artifact-format.md lays it out, or (in vector places) plain float32.
 struct FsTensor {

@@ -92,6 +92,23 @@ constexpr int kMaxTileRows = 4;
   "vpxor " #Q "*64(%[w]), %[sign], %[low]\n\t"    \
   "vpxor " #Q "*64+32(%[w]), %[sign], %[high]\n\t" ROWS(DOT_OFFSET_ROW, Q)
 
+// int6 as it is packed (matrix.h), each weight + 32: of a half at byte W three quads in the lower bits, the fourth in
+// the upper. A pair of products is at most 2 * 63 * 127. The caller starts from -32 times the sum of the inputs.
+#define DOT_LOWER_BITS_QUAD(ROWS, Q, W)               \
+  "vpand " #W "(%[w]), %[sign], %[low]\n\t"          \
+  "vpand " #W "+32(%[w]), %[sign], %[high]\n\t" ROWS(DOT_OFFSET_ROW, Q)
+#define DOT_UPPER_BITS(W, TO)                         \
+  "vpandn " #W "(%[w]), %[sign], %[" TO "]\n\t"      \
+  "vpsrlw $6, %[" TO "], %[" TO "]\n\t"              \
+  "vpandn " #W "+64(%[w]), %[sign], %[t]\n\t"        \
+  "vpandn " #W "+128(%[w]), %[sign], %[in]\n\t"      \
+  "vpsrlw $4, %[t], %[t]\n\t"                        \
+  "vpsrlw $2, %[in], %[in]\n\t"                      \
+  "vpor %[t], %[" TO "], %[" TO "]\n\t"              \
+  "vpor %[in], %[" TO "], %[" TO "]\n\t"
+#define DOT_UPPER_BITS_QUAD(ROWS, Q, W) \
+  DOT_UPPER_BITS(W, "low") DOT_UPPER_BITS(W + 32, "high") ROWS(DOT_OFFSET_ROW, Q)
+
 // Nibbles as bytes: at most 15, so that a lane's 16 products of a group are at most 15 * 127 * 16 =
 // 30480 and the whole group stays in 16 bits. The first quad's products are where the sums begin.
 #define DOT_NIBBLE_FIRST_ROW(Q, X, D)          \
@@ -125,6 +142,11 @@ constexpr int kMaxTileRows = 4;
   QUAD(ROWS, 5) QUAD(ROWS, 6) QUAD(ROWS, 7)
 #define DOT_INT8_GROUP(ROWS) DOT_ALL_QUADS(DOT_INT8_QUAD, ROWS)
 #define DOT_OFFSET_GROUP(ROWS) DOT_ALL_QUADS(DOT_OFFSET_QUAD, ROWS)
+#define DOT_INT6_GROUP(ROWS)                                              \
+  DOT_LOWER_BITS_QUAD(ROWS, 0, 0) DOT_LOWER_BITS_QUAD(ROWS, 1, 64)        \
+  DOT_LOWER_BITS_QUAD(ROWS, 2, 128) DOT_UPPER_BITS_QUAD(ROWS, 3, 0)       \
+  DOT_LOWER_BITS_QUAD(ROWS, 4, 192) DOT_LOWER_BITS_QUAD(ROWS, 5, 256)     \
+  DOT_LOWER_BITS_QUAD(ROWS, 6, 320) DOT_UPPER_BITS_QUAD(ROWS, 7, 192)
 #define DOT_SPLIT_GROUP(ROWS) DOT_ALL_QUADS(DOT_SPLIT_QUAD, ROWS)
 #define DOT_NIBBLE_GROUP(ROWS)                                                                    \
   DOT_NIBBLE_QUAD(ROWS, 0, DOT_NIBBLE_FIRST_ROW) DOT_NIBBLE_QUAD(ROWS, 1, DOT_NIBBLE_ROW)         \
@@ -138,6 +160,7 @@ constexpr int kMaxTileRows = 4;
 DEFINE_DOT(dot_int8, "+x", DOT_INT8_GROUP, _mm256_set1_epi16(1), _mm256_setzero_si256())
 DEFINE_DOT(dot_split_int8, "+x", DOT_SPLIT_GROUP, _mm256_set1_epi16(1), _mm256_setzero_si256())
 DEFINE_DOT(dot_offset_int8, "+x", DOT_OFFSET_GROUP, _mm256_set1_epi16(1), _mm256_set1_epi8(-128))
+DEFINE_DOT(dot_int6, "+x", DOT_INT6_GROUP, _mm256_set1_epi16(1), _mm256_set1_epi8(63))
 DEFINE_DOT(dot_int4, "=&x", DOT_INT4_GROUP, _mm256_set1_epi8(15), _mm256_setzero_si256())
 DEFINE_DOT(dot_nibbles, "=&x", DOT_NIBBLE_GROUP, _mm256_setzero_si256(), _mm256_setzero_si256())
 

@@ -54,6 +54,21 @@ SIMD_INLINE void dot_nibbles(__m256i (&dot)[Rows][2], const uint8_t* weights, co
       },
       [](int quad) { return quad / 2 * 4 + quad % 2 * 16; });
 }
+template <int Rows>
+SIMD_INLINE void dot_int6(__m256i (&dot)[Rows][2], const uint8_t* weights, const int8_t* x, int64_t stride) {
+  const auto masked = [](__m256i bytes, char mask) { return _mm256_and_si256(bytes, _mm256_set1_epi8(mask)); };
+  dot_quads<Rows>(
+      dot, x, stride,
+      [&](int half, int quad) {
+        const uint8_t* quads = weights + quad / 4 * 192;
+        if (quad % 4 < 3) return masked(quad_half(quads, half, quad % 4), 63);
+        const __m256i lower = masked(_mm256_srli_epi16(quad_half(quads, half, 0), 6), 3);
+        const __m256i middle = masked(_mm256_srli_epi16(quad_half(quads, half, 1), 4), 12);
+        const __m256i upper = masked(_mm256_srli_epi16(quad_half(quads, half, 2), 2), 48);
+        return _mm256_or_si256(_mm256_or_si256(lower, middle), upper);
+      },
+      [](int quad) { return 4 * quad; });
+}
 #else
 #define DOT_ROWS_1(ROW, Q) ROW(Q, "(%[x])", "0")
 #define DOT_ROWS_2(ROW, Q) DOT_ROWS_1(ROW, Q) ROW(Q, "(%[x],%[stride])", "1")
@@ -119,6 +134,23 @@ SIMD_INLINE void dot_nibbles(__m256i (&dot)[Rows][2], const uint8_t* weights, co
   "vpand %[constant], %%ymm14, %%ymm14\n\t"                    \
   "vpand %[constant], %%ymm15, %%ymm15\n\t" ROWS(DOT_HIGH_NIBBLE_ROW, Q)
 
+// int6 as it is packed (matrix.h), each weight + 32: of a half at byte W three quads in the lower bits, the fourth in
+// the upper. The caller starts from -32 times the sum of the inputs.
+#define DOT_LOWER_BITS_QUAD(ROWS, Q, W)                \
+  "vpand " #W "(%[w]), %[constant], %%ymm14\n\t"      \
+  "vpand " #W "+32(%[w]), %[constant], %%ymm15\n\t" ROWS(DOT_ROW, Q)
+#define DOT_UPPER_BITS(W, TO)                             \
+  "vpandn " #W "(%[w]), %[constant], %%" TO "\n\t"       \
+  "vpandn " #W "+64(%[w]), %[constant], %%ymm13\n\t"     \
+  "vpsrlw $2, %%" TO ", %%" TO "\n\t"                    \
+  "vpor %%ymm13, %%" TO ", %%" TO "\n\t"                 \
+  "vpandn " #W "+128(%[w]), %[constant], %%ymm13\n\t"    \
+  "vpsrlw $4, %%" TO ", %%" TO "\n\t"                    \
+  "vpsrlw $2, %%ymm13, %%ymm13\n\t"                      \
+  "vpor %%ymm13, %%" TO ", %%" TO "\n\t"
+#define DOT_UPPER_BITS_QUAD(ROWS, Q, W) \
+  DOT_UPPER_BITS(W, "ymm14") DOT_UPPER_BITS(W + 32, "ymm15") ROWS(DOT_ROW, Q)
+
 #define DOT_ALL_QUADS(QUAD, ROWS)                                       \
   QUAD(ROWS, 0) QUAD(ROWS, 1) QUAD(ROWS, 2) QUAD(ROWS, 3) QUAD(ROWS, 4) \
   QUAD(ROWS, 5) QUAD(ROWS, 6) QUAD(ROWS, 7)
@@ -128,9 +160,16 @@ SIMD_INLINE void dot_nibbles(__m256i (&dot)[Rows][2], const uint8_t* weights, co
   DOT_NIBBLE_QUADS(ROWS, 0) DOT_NIBBLE_QUADS(ROWS, 1)      \
   DOT_NIBBLE_QUADS(ROWS, 2) DOT_NIBBLE_QUADS(ROWS, 3)
 
+#define DOT_INT6_GROUP(ROWS)                                              \
+  DOT_LOWER_BITS_QUAD(ROWS, 0, 0) DOT_LOWER_BITS_QUAD(ROWS, 1, 64)        \
+  DOT_LOWER_BITS_QUAD(ROWS, 2, 128) DOT_UPPER_BITS_QUAD(ROWS, 3, 0)       \
+  DOT_LOWER_BITS_QUAD(ROWS, 4, 192) DOT_LOWER_BITS_QUAD(ROWS, 5, 256)     \
+  DOT_LOWER_BITS_QUAD(ROWS, 6, 320) DOT_UPPER_BITS_QUAD(ROWS, 7, 192)
+
 DEFINE_DOT(dot_signed, DOT_SIGNED_GROUP, _mm256_set1_epi8(-128))
 DEFINE_DOT(dot_bytes, DOT_BYTES_GROUP, _mm256_setzero_si256())
 DEFINE_DOT(dot_nibbles, DOT_NIBBLES_GROUP, _mm256_set1_epi8(15))
+DEFINE_DOT(dot_int6, DOT_INT6_GROUP, _mm256_set1_epi8(63))
 #endif
 
 // sums += pairs of words, in each of eight lanes, times the other's.

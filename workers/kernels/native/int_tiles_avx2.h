@@ -40,6 +40,33 @@ struct Int4Panel {
   }
 };
 
+// A panel of int6 as it is packed, for any number of rows: bytes are made of it on the way.
+struct PackedInt6 {
+  static constexpr bool kHasMin = false;
+  Int6Panel parts;
+  int per_scale;  // groups of 32
+
+  PackedInt6(const Matrix& w, const uint8_t* panel) : parts(w, panel), per_scale(w.scale_group / kGroupSize) {}
+  int inputs() const { return per_scale * kGroupSize; }
+  SIMD_INLINE Group group(int g) const {
+    const uint16_t* scales = parts.scales + g * kPanelRows;
+    return {parts.groups + g * per_scale * Int6Panel::kGroupNbytes, {load_half(scales), load_half(scales + 8)}, {}};
+  }
+  template <int Rows>
+  SIMD_INLINE void dots(__m256i (&dot)[Rows][2], const Group& group, int, const Activations& x, int64_t index,
+                        PanelFetch& fetch) const {
+    const int64_t num_scales = x.cols / inputs();
+    for (int m = 0; m < Rows; ++m) {  // -32 times the sum of the inputs
+      dot[m][0] = dot[m][1] = _mm256_set1_epi32(x.offsets[index + m * num_scales] / 4);
+    }
+    const int8_t* quants = x.quants + index * inputs();
+    for (int i = 0; i < per_scale; ++i, quants += kGroupSize) {
+      if (i % 2 == 0) fetch.advance();
+      dot_int6<Rows>(dot, group.weights + i * Int6Panel::kGroupNbytes, quants, x.cols);
+    }
+  }
+};
+
 // Adds groups [0, count) of `weights`, which are the row's groups from `first_group` on, to the
 // sums of `Rows` rows (16 floats each).
 template <int Rows, class Weights>
@@ -134,3 +161,13 @@ SIMD_INLINE void multiply_unpacked(const Matrix& w, int panel, const Activations
   }
   store_rows(sums, w, panel, row_begin, row_end, out);
 }
+
+template <class Packed>
+void matmul_packed(const Matrix& w, int panel_begin, int panel_end, const Activations& x, int row_begin,
+                   int row_end, const Output& out, void* scratch) {
+  for (int panel = panel_begin; panel < panel_end; ++panel) {
+    multiply_packed(Packed(w, w.panel(panel)), w, panel, x, row_begin, row_end, out, scratch);
+  }
+}
+
+constexpr MatmulKernel matmul_int6 = matmul_packed<PackedInt6>;

@@ -155,7 +155,7 @@ constexpr int64_t attention_scratch_floats(int head_dim) {
 struct KernelTable {
   const char* isa;
   bool (*is_supported)();
-  MatmulKernel matmul[5];  // by FsDtype
+  MatmulKernel matmul[6];  // by FsDtype
   // Row kernels. n, cols, head_dim: any positive number (head_dim: a multiple of 8).
   void (*rms_norm)(float* y, const float* x, const float* weight, int cols, float eps);
   // Rounds one row's inputs as `weights` wants them, which are not fp32: fills the fields that they

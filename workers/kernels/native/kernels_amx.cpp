@@ -44,6 +44,8 @@ constexpr bool kAddsPairsInWords = false;  // see row_kernels.h
 
 #include "matmul_avx512.h"
 
+#include "matmul_int6_avx512.h"
+
 #include "matmul_nested4_avx512.h"
 
 #if defined(FS_EMULATE_ISA)
@@ -116,6 +118,7 @@ KernelTable amx_kernels() {
   table.matmul[kInt8] = amx::matmul_amx_int8;
   table.matmul[kInt4] = amx::matmul_amx_int4;
   table.matmul[kNested4] = amx::matmul_amx_nested4;
+  table.matmul[kInt6] = amx::matmul_amx_int6;
   table.quantize = amx::quantize_amx;
   table.takes_pairs = amx::takes_pairs;
   table.attention = amx::attention<amx::HalvesAttention<amx::AttentionProducts>, amx::Int8Attention>;

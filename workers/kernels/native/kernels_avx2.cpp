@@ -59,7 +59,7 @@ const KernelTable kAvx2Kernels = {
              __builtin_cpu_supports("f16c");
     },
     {avx2::matmul_fp32, avx2::matmul_bf16, avx2::matmul_int8, avx2::matmul_int4,
-     avx2::matmul_nested4},
+     avx2::matmul_nested4, avx2::matmul_int6},
     avx2::rms_norm,
     avx2::quantize,
     avx2::swiglu,

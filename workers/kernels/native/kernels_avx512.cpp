@@ -44,6 +44,8 @@ constexpr bool kAddsPairsInWords = false;  // see row_kernels.h
 
 #include "matmul_avx512.h"
 
+#include "matmul_int6_avx512.h"
+
 #include "matmul_nested4_avx512.h"
 
 #if defined(FS_EMULATE_ISA)  // without AVX512-BF16, and what has the same bits in plainer form anyway
@@ -120,7 +122,7 @@ const KernelTable kAvx512Kernels = {
     "avx512",
     is_avx512_supported,
     {avx512::matmul16_fp32, avx512::matmul16_bf16, avx512::matmul16_int8, avx512::matmul16_int4,
-     avx512::matmul16_nested4},
+     avx512::matmul16_nested4, avx512::matmul16_int6},
     avx512::rms_norm,
     avx512::quantize16,
     avx512::swiglu16,

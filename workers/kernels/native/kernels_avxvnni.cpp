@@ -73,7 +73,7 @@ const KernelTable kAvxVnniKernels = {
     "avxvnni",
     is_avxvnni_supported,
     {avxvnni::matmul_fp32, avxvnni::matmul_bf16, avxvnni::matmul_int8, avxvnni::matmul_int4,
-     avxvnni::matmul_nested4},
+     avxvnni::matmul_nested4, avxvnni::matmul_int6},
     avxvnni::rms_norm,
     avxvnni::quantize,
     avxvnni::swiglu,

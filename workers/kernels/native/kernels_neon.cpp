@@ -28,6 +28,8 @@ constexpr bool kAddsPairsInWords = false;  // see row_kernels.h
 
 #include "attention_kernel.h"
 
+#include "int6_bytes.h"
+
 #include "matmul_neon.h"
 
 }  // namespace neon
@@ -44,7 +46,7 @@ const KernelTable kNeonKernels = {
       return (getauxval(AT_HWCAP) & kDotProduct) != 0;
     },
     {neon::matmul_fp32, neon::matmul_bf16, neon::matmul_int8, neon::matmul_int4,
-     neon::matmul_nested4},
+     neon::matmul_nested4, neon::matmul_int6},
     neon::rms_norm,
     neon::quantize,
     neon::swiglu,

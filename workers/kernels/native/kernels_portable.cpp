@@ -19,6 +19,8 @@ constexpr bool kAddsPairsInWords = false;  // see row_kernels.h
 
 #include "attention_kernel.h"
 
+#include "int6_bytes.h"
+
 namespace {
 
 SIMD_INLINE void store_panel(const Output& out, const Matrix& w, int panel, int row,
@@ -165,6 +167,20 @@ void dot_nested4(float* acc, const uint8_t* panel, const Matrix& w, const Activa
   }
 }
 
+// A panel becomes int8's before it is multiplied.
+void matmul_int6(const Matrix& w, int panel_begin, int panel_end, const Activations& x, int row_begin,
+                 int row_end, const Output& out, void* scratch) {
+  uint8_t* values = static_cast<uint8_t*>(scratch);
+  for (int panel = panel_begin; panel < panel_end; ++panel) {
+    unpack_int6(values, w, panel);
+    for (int row = row_begin; row < row_end; ++row) {
+      float acc[kPanelRows] = {};
+      dot_int8(acc, values, w, x, row);
+      store_panel(out, w, panel, row, acc);
+    }
+  }
+}
+
 template <void (*Dot)(float*, const uint8_t*, const Matrix&, const Activations&, int)>
 void matmul(const Matrix& w, int panel_begin, int panel_end, const Activations& x, int row_begin,
             int row_end, const Output& out, void*) {
@@ -185,7 +201,7 @@ const KernelTable kPortableKernels = {
     [] { return true; },
     {portable::matmul<portable::dot_fp32>, portable::matmul<portable::dot_bf16>,
      portable::matmul<portable::dot_int8>, portable::matmul<portable::dot_int4>,
-     portable::matmul<portable::dot_nested4>},
+     portable::matmul<portable::dot_nested4>, portable::matmul_int6},
     portable::rms_norm,
     portable::quantize,
     portable::swiglu,

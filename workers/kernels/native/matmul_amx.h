@@ -419,3 +419,14 @@ void matmul_amx_nested4(const Matrix& w, int panel_begin, int panel_end, const A
   multiply_int8<false, kPairSize>(w, panel_begin, panel_end, x, row_begin, row_end, out, scratch,
                                   matmul16_nested4, values_nbytes, unpack);
 }
+
+void matmul_amx_int6(const Matrix& w, int panel_begin, int panel_end, const Activations& x, int row_begin,
+                     int row_end, const Output& out, void* scratch) {
+  const auto unpack = [&](int8_t* values, int panel) __attribute__((always_inline)) {
+    unpack_int6(values, w, panel);
+    return static_cast<const int8_t*>(values);
+  };
+  const int64_t values_nbytes = int64_t{w.num_groups()} * Int6Panel::kGroupNbytes;
+  multiply_int8<false, kPairSize>(w, panel_begin, panel_end, x, row_begin, row_end, out, scratch,
+                                  matmul16_int6, values_nbytes, unpack);
+}

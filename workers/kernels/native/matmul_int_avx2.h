@@ -183,13 +183,9 @@ SIMD_INLINE void unpack_int4(NibbleGroup& to, const Group& from) {
 
 void matmul_rotated_int8(const Matrix& w, int panel_begin, int panel_end, const Activations& x,
                          int row_begin, int row_end, const Output& out, void* scratch) {
-  for (int panel = panel_begin; panel < panel_end; ++panel) {
-    if (w.scale_group == kGroupSize) {
-      multiply_packed(RotatedInt8<1>(w, w.panel(panel)), w, panel, x, row_begin, row_end, out, scratch);
-    } else {
-      multiply_packed(RotatedInt8<2>(w, w.panel(panel)), w, panel, x, row_begin, row_end, out, scratch);
-    }
-  }
+  const MatmulKernel kernel =
+      w.scale_group == kGroupSize ? matmul_packed<RotatedInt8<1>> : matmul_packed<RotatedInt8<2>>;
+  kernel(w, panel_begin, panel_end, x, row_begin, row_end, out, scratch);
 }
 
 void matmul_raw_int8(const Matrix& w, int panel_begin, int panel_end, const Activations& x,

@@ -198,14 +198,6 @@ SIMD_INLINE void unpack_nested4(UnpackedPair& to, const NestedPanel& parts, int 
   for (int half = 0; half < 2; ++half) store(to.scales + 8 * half, group.scales[half]);
 }
 
-template <class Packed>
-void matmul_packed(const Matrix& w, int panel_begin, int panel_end, const Activations& x, int row_begin,
-                   int row_end, const Output& out, void* scratch) {
-  for (int panel = panel_begin; panel < panel_end; ++panel) {
-    multiply_packed(Packed(w, w.panel(panel)), w, panel, x, row_begin, row_end, out, scratch);
-  }
-}
-
 constexpr MatmulKernel matmul_int8 = matmul_packed<PackedInt8>;
 
 void matmul_int4(const Matrix& w, int panel_begin, int panel_end, const Activations& x, int row_begin,

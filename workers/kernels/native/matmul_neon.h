@@ -211,26 +211,32 @@ template <int Rows>
 using NeonInt4Plain = NeonInt4<Rows, false>;
 
 template <template <int> class Kernel, int Rows>
-SIMD_INLINE void run_tile(const Matrix& w, int panel, const Activations& x, int row,
+SIMD_INLINE void run_tile(const uint8_t* data, const Matrix& w, int panel, const Activations& x, int row,
                           const Output& out) {
   NeonTile<Rows> acc;
   for (int m = 0; m < Rows; ++m) {
     for (int i = 0; i < kQuarters; ++i) acc[m][i] = vdupq_n_f32(0.0f);
   }
-  Kernel<Rows>::run(acc, w.panel(panel), w, x, row);
+  Kernel<Rows>::run(acc, data, w, x, row);
   store_tile<Rows>(acc, w, panel, row, out);
 }
 
-// All rows of the range against one panel after the other: a panel stays in the first-level cache.
-// Three rows' sums, products and weights fill the 32 registers.
+// All rows of the range against a panel, whose bytes are at `data`. Three rows' sums, products and weights fill
+// the 32 registers.
+template <template <int> class Kernel>
+SIMD_INLINE void run_panel(const uint8_t* data, const Matrix& w, int panel, const Activations& x, int row,
+                           int row_end, const Output& out) {
+  for (; row + 3 <= row_end; row += 3) run_tile<Kernel, 3>(data, w, panel, x, row, out);
+  if (row_end - row == 2) run_tile<Kernel, 2>(data, w, panel, x, row, out);
+  if (row_end - row == 1) run_tile<Kernel, 1>(data, w, panel, x, row, out);
+}
+
+// One panel after the other, so that it stays in the first-level cache.
 template <template <int> class Kernel>
 void matmul(const Matrix& w, int panel_begin, int panel_end, const Activations& x, int row_begin,
             int row_end, const Output& out, void*) {
   for (int panel = panel_begin; panel < panel_end; ++panel) {
-    int row = row_begin;
-    for (; row + 3 <= row_end; row += 3) run_tile<Kernel, 3>(w, panel, x, row, out);
-    if (row_end - row == 2) run_tile<Kernel, 2>(w, panel, x, row, out);
-    if (row_end - row == 1) run_tile<Kernel, 1>(w, panel, x, row, out);
+    run_panel<Kernel>(w.panel(panel), w, panel, x, row_begin, row_end, out);
   }
 }
 
@@ -243,4 +249,14 @@ void matmul_int4(const Matrix& w, int panel_begin, int panel_end, const Activati
                  int row_begin, int row_end, const Output& out, void* scratch) {
   const MatmulKernel kernel = w.has_min ? matmul<NeonInt4Min> : matmul<NeonInt4Plain>;
   kernel(w, panel_begin, panel_end, x, row_begin, row_end, out, scratch);
+}
+
+// A panel becomes int8's before it is multiplied.
+void matmul_int6(const Matrix& w, int panel_begin, int panel_end, const Activations& x, int row_begin,
+                 int row_end, const Output& out, void* scratch) {
+  uint8_t* values = static_cast<uint8_t*>(scratch);
+  for (int panel = panel_begin; panel < panel_end; ++panel) {
+    unpack_int6(values, w, panel);
+    run_panel<NeonInt8>(values, w, panel, x, row_begin, row_end, out);
+  }
 }

@@ -41,7 +41,7 @@ void rotate_back(float* row, int cols) {
 
 // See workers/artifact/sizes.py.
 int scale_group_of(const FsTensor& tensor) {
-  if (tensor.dtype == kNested4 || (tensor.dtype == kInt8 && tensor.rotated)) {
+  if (tensor.dtype == kNested4 || tensor.dtype == kInt6 || (tensor.dtype == kInt8 && tensor.rotated)) {
     for (const int size : {kMaxScaleGroup, 2 * kPairSize, kPairSize}) {
       if (tensor.cols % size == 0) return size;
     }
@@ -56,6 +56,7 @@ size_t panel_bytes(const FsTensor& tensor) {
     case kFp32: return cols * kPanelRows * 4;
     case kBf16: return cols * kPanelRows * 2;
     case kInt8: return cols * kPanelRows + num_scales * kPanelRows * 2;
+    case kInt6: return cols * kPanelRows * 3 / 4 + num_scales * kPanelRows * 2;
     case kNested4:
       return cols * kPanelRows / 2 + num_scales * kPanelRows * 2 + cols / kPairSize * kPanelRows * 3;
     default: return cols * kPanelRows / 2 + num_scales * kPanelRows * (tensor.has_min ? 4 : 2);
@@ -66,8 +67,8 @@ size_t panel_bytes(const FsTensor& tensor) {
 
 Matrix matrix_from(const FsTensor& tensor, const char* name, int rows, int cols) {
   check_shape(tensor, name, rows, cols);
-  if (tensor.dtype < kFp32 || tensor.dtype > kNested4) throw wrong(name, "has an unknown dtype");
-  const int multiples[] = {1, 2, kGroupSize, kGroupSize, kPairSize};  // by FsDtype
+  if (tensor.dtype < kFp32 || tensor.dtype > kInt6) throw wrong(name, "has an unknown dtype");
+  const int multiples[] = {1, 2, kGroupSize, kGroupSize, kPairSize, kPairSize};  // by FsDtype
   const int multiple = multiples[tensor.dtype];
   if (cols % multiple != 0) {
     throw wrong(name, "has " + std::to_string(cols) + " columns, not a multiple of " +
@@ -159,6 +160,19 @@ void unpack_row(const Matrix& matrix, int row, float* out) noexcept {
           const int quant = (i < 16 ? byte & 15 : byte >> 4) - offset;
           out[g * kGroupSize + i] = scale * static_cast<float>(quant) + min;
         }
+      }
+      break;
+    }
+    case kInt6: {
+      const Int6Panel parts(matrix, panel);
+      for (int k = 0; k < cols; ++k) {
+        const uint8_t* group = parts.groups + k / kGroupSize * Int6Panel::kGroupNbytes;
+        const uint8_t* half = group + k % kGroupSize / 16 * 192 + lane * 4 + k % 4;
+        const int quad = k % 16 / 4;
+        const int spread = half[0] >> 6 | half[64] >> 6 << 2 | half[128] >> 6 << 4;
+        const int quant = quad == 3 ? spread : half[quad * 64] & 63;
+        const float scale = float_from_half(parts.scales[k / matrix.scale_group * kPanelRows + lane]);
+        out[k] = scale * static_cast<float>(quant - 32);
       }
       break;
     }

@@ -49,6 +49,19 @@ struct NestedPanel {
         factors(reinterpret_cast<const uint8_t*>(shifts + w.cols / kPairSize * kPanelRows * 2)) {}
 };
 
+// A panel of kInt6: w = scale * (q - 32), q of 6 bits.
+struct Int6Panel {
+  static constexpr int kGroupNbytes = 384;
+  // (cols/32, 2, 3, 16, 4): the lower six bits of half h's three quads are q of quads 4h, 4h + 1 and 4h + 2; the
+  // upper two are those of quad 4h + 3, the lowest first.
+  const uint8_t* groups;
+  const uint16_t* scales;  // (num_scales, 16)
+
+  Int6Panel(const Matrix& w, const uint8_t* panel)
+      : groups(panel),
+        scales(reinterpret_cast<const uint16_t*>(groups + w.num_groups() * kGroupNbytes)) {}
+};
+
 // Checks the tensor against its shape. Throws Failure(kInvalidArtifact) that names `name`.
 Matrix matrix_from(const FsTensor& tensor, const char* name, int rows, int cols);
 
