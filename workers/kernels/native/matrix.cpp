@@ -165,15 +165,17 @@ void unpack_row(const Matrix& matrix, int row, float* out) noexcept {
     }
     case kInt6: {
       const Int6Panel parts(matrix, panel);
-      for (int k = 0; k < cols; ++k) {
-        const uint8_t* group = parts.groups + k / kGroupSize * Int6Panel::kGroupNbytes;
-        const uint8_t* half = group + k % kGroupSize / 16 * 192 + lane * 4 + k % 4;
-        const int quad = k % 16 / 4;
-        const int spread = half[0] >> 6 | half[64] >> 6 << 2 | half[128] >> 6 << 4;
-        const int quant = quad == 3 ? spread : half[quad * 64] & 63;
-        const float scale = float_from_half(parts.scales[k / matrix.scale_group * kPanelRows + lane]);
-        out[k] = scale * static_cast<float>(quant - 32);
+      for (int half = 0; half < 2 * groups; ++half, out += 16) {
+        const uint8_t* quads = parts.groups + half * (Int6Panel::kGroupNbytes / 2) + lane * 4;
+        const int index = half * 16 / matrix.scale_group;
+        const float scale = float_from_half(parts.scales[index * kPanelRows + lane]);
+        for (int i = 0; i < 4; ++i) {
+          const int a = quads[i], b = quads[64 + i], c = quads[128 + i];
+          const int values[] = {a & 63, b & 63, c & 63, a >> 6 | b >> 6 << 2 | c >> 6 << 4};
+          for (int quad = 0; quad < 4; ++quad) out[4 * quad + i] = scale * static_cast<float>(values[quad] - 32);
+        }
       }
+      out -= cols;
       break;
     }
     case kNested4: {
