@@ -63,7 +63,7 @@ def pack_quantized(blocks: QuantizedRows) -> Bytes:
     """Pack integers and scales as they are. Returns 1-D uint8, as `pack_matrix` does."""
     cols, dtype = blocks.q.shape[1], blocks.dtype
     _check_cols(cols, dtype)
-    panels = _in_panels(blocks.q + 32 if dtype == "int6" else blocks.q)
+    panels = _in_panels((blocks.q + 32).view(np.uint8) if dtype == "int6" else blocks.q)
     # (panels, groups, quads, rows, 4)
     quads = panels.reshape(len(panels), PANEL_ROWS, cols // GROUP, 8, 4).transpose(0, 2, 3, 1, 4)
     if dtype == "int6":
