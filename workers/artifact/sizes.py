@@ -15,8 +15,14 @@ FLOAT_DTYPES = ("fp32", "bf16")  # of these; the others are integers and scales
 
 def cols_multiple(dtype: str) -> int:
     """What the columns of a matrix of this dtype must be a multiple of."""
-    multiples = {"fp32": 1, "bf16": 2, "int8": GROUP, "int4": GROUP}
-    return multiples.get(dtype, 2 * GROUP)
+    return {
+        "fp32": 1,
+        "bf16": 2,
+        "int8": GROUP,
+        "int4": GROUP,
+        "nested4": 2 * GROUP,
+        "int6": 2 * GROUP,
+    }[dtype]
 
 
 def weight_type(dtype: str) -> str:

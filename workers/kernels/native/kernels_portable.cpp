@@ -167,29 +167,34 @@ void dot_nested4(float* acc, const uint8_t* panel, const Matrix& w, const Activa
   }
 }
 
+using Dot = void (*)(float*, const uint8_t*, const Matrix&, const Activations&, int);
+
+// All rows of the range against a panel, whose bytes are at `data`.
+template <Dot dot>
+void run_panel(const uint8_t* data, const Matrix& w, int panel, const Activations& x, int row_begin,
+               int row_end, const Output& out) {
+  for (int row = row_begin; row < row_end; ++row) {
+    float acc[kPanelRows] = {};
+    dot(acc, data, w, x, row);
+    store_panel(out, w, panel, row, acc);
+  }
+}
+
+template <Dot dot>
+void matmul(const Matrix& w, int panel_begin, int panel_end, const Activations& x, int row_begin,
+            int row_end, const Output& out, void*) {
+  for (int panel = panel_begin; panel < panel_end; ++panel) {
+    run_panel<dot>(w.panel(panel), w, panel, x, row_begin, row_end, out);
+  }
+}
+
 // A panel becomes int8's before it is multiplied.
 void matmul_int6(const Matrix& w, int panel_begin, int panel_end, const Activations& x, int row_begin,
                  int row_end, const Output& out, void* scratch) {
   uint8_t* values = static_cast<uint8_t*>(scratch);
   for (int panel = panel_begin; panel < panel_end; ++panel) {
     unpack_int6(values, w, panel);
-    for (int row = row_begin; row < row_end; ++row) {
-      float acc[kPanelRows] = {};
-      dot_int8(acc, values, w, x, row);
-      store_panel(out, w, panel, row, acc);
-    }
-  }
-}
-
-template <void (*Dot)(float*, const uint8_t*, const Matrix&, const Activations&, int)>
-void matmul(const Matrix& w, int panel_begin, int panel_end, const Activations& x, int row_begin,
-            int row_end, const Output& out, void*) {
-  for (int panel = panel_begin; panel < panel_end; ++panel) {
-    for (int row = row_begin; row < row_end; ++row) {
-      float acc[kPanelRows] = {};
-      Dot(acc, w.panel(panel), w, x, row);
-      store_panel(out, w, panel, row, acc);
-    }
+    run_panel<dot_int8>(values, w, panel, x, row_begin, row_end, out);
   }
 }
 
