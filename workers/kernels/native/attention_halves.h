@@ -7,7 +7,7 @@
 // the family's products do, from the first pair on; acc takes pairs of positions likewise, 16 or 32
 // positions at a time, of which those that a query must not see have p = 0. So a query's bits depend
 // neither on the other queries of its task nor on how much of a piece they see.
-// Included inside the family's namespace, after paired_piece.h and row_kernels_avx512.h.
+// Included inside the family's namespace, after paired_piece.h and softmax16_avx512.h.
 
 constexpr int kStep = 32;      // dimensions or positions, which are multiplied in one go
 
@@ -244,7 +244,7 @@ struct HalvesAttention : AttentionTiles {
   template <class Visible>
   static void soften_16(const QueryState&, const HalvesRoom&, int, const Visible&) {}
 #else
-  static constexpr int kMany = 9;  // of up to 16 queries
+  static constexpr int kMany = kManySoftened;
 
   // As `soften`, but for the order in which probabilities are summed.
   static SIMD_INLINE void soften_to_halves(const QueryState& state, int query, int begin, int end,
@@ -284,84 +284,29 @@ struct HalvesAttention : AttentionTiles {
   template <class Visible>
   static SIMD_INLINE void soften_16(const QueryState& state, const HalvesRoom& room, int first,
                                     const Visible& visible) {
-    uint64_t seen[16];
-    __m512 each[16];
-    __mmask16 sees = 0;
-    for (int i = 0; i < 16; ++i) {
-      seen[i] = positions_seen(first + i, visible);
-      if (seen[i] != 0) sees = static_cast<__mmask16>(sees | 1u << i);
-      const float* scores = state.scores + (first + i) * kPieceSize;
-      __m512 x[4];
-      for (int j = 0; j < 4; ++j) {
-        const __mmask16 lanes = static_cast<__mmask16>(seen[i] >> (16 * j));
-        x[j] = _mm512_mask_loadu_ps(splat16(-INFINITY), lanes, scores + 16 * j);
-      }
-      each[i] = _mm512_max_ps(_mm512_max_ps(x[0], x[1]), _mm512_max_ps(x[2], x[3]));
-    }
-    const __m512 highest = fold_each(each, [&](__m512 x, __m512 y) __attribute__((always_inline)) {
-      return _mm512_max_ps(x, y);
-    });
-    const __m512 before = _mm512_loadu_ps(state.largest + first);
-    // A NaN stays one.
-    const __mmask16 rises = static_cast<__mmask16>(sees & ~_mm512_cmp_ps_mask(before, highest, _CMP_GT_OQ));
-    const __m512 largest = _mm512_mask_mov_ps(before, rises, highest);
-    const __m512 fall = _mm512_mul_ps(_mm512_sub_ps(before, largest), splat16(kLog2e));
-    const __m512 corrections = _mm512_mask_mov_ps(splat16(1.0f), rises, exp2_16(fall, 0xffff));
-    _mm512_storeu_ps(state.largest + first, largest);
+    const Seen16 seen(state, first, visible);
+    const __m512 fall = _mm512_mul_ps(_mm512_sub_ps(seen.before, seen.largest), splat16(kLog2e));
+    const __m512 corrections = _mm512_mask_mov_ps(splat16(1.0f), seen.rises, exp2_16(fall, 0xffff));
+    _mm512_storeu_ps(state.largest + first, seen.largest);
     _mm512_storeu_ps(state.corrections + first, corrections);
     alignas(64) float shifts[16];
-    _mm512_store_ps(shifts, _mm512_mul_ps(largest, splat16(-kLog2e)));
+    _mm512_store_ps(shifts, _mm512_mul_ps(seen.largest, splat16(-kLog2e)));
 
+    __m512 each[16];
     for (int i = 0; i < 16; ++i) {
-      const float* scores = state.scores + (first + i) * kPieceSize;
       uint16_t* probabilities = room.probabilities + (first + i) * kPieceSize;
       __m512 p[4];
       for (int j = 0; j < 4; ++j) {
-        const __m512 x = _mm512_loadu_ps(scores + 16 * j);
-        p[j] = exp2_16(_mm512_fmadd_ps(x, splat16(kLog2e), splat16(shifts[i])),
-                       static_cast<__mmask16>(seen[i] >> (16 * j)));
+        const __m512 x = _mm512_loadu_ps(seen.scores + i * kPieceSize + 16 * j);
+        p[j] = exp2_16(_mm512_fmadd_ps(x, splat16(kLog2e), splat16(shifts[i])), seen.lanes(i, j));
       }
       each[i] = _mm512_add_ps(_mm512_add_ps(p[0], p[1]), _mm512_add_ps(p[2], p[3]));
       _mm512_storeu_si512(probabilities, Products::from_floats(p[0], p[1]));
       _mm512_storeu_si512(probabilities + 32, Products::from_floats(p[2], p[3]));
     }
-    const __m512 sums = fold_each(each, [&](__m512 x, __m512 y) __attribute__((always_inline)) {
-      return _mm512_add_ps(x, y);
-    });
     const __m512 totals = _mm512_loadu_ps(state.totals + first);
-    _mm512_storeu_ps(state.totals + first, _mm512_add_ps(_mm512_mul_ps(totals, corrections), sums));
-  }
-
-  // Of a piece, the bits of what a query sees.
-  template <class Visible>
-  static SIMD_INLINE uint64_t positions_seen(int query, const Visible& visible) {
-    int begin, end;
-    visible(query, &begin, &end);
-    begin = begin > 0 ? begin : 0, end = end < kPieceSize ? end : kPieceSize;
-    return begin < end ? ~uint64_t{0} >> (kPieceSize - end) & ~uint64_t{0} << begin : 0;
-  }
-
-  // Lane i: the lanes of each[i] folded into one, those 8, 4, 2 and 1 apart in turn, as _mm512_reduce_* does.
-  template <class Fold>
-  static SIMD_INLINE __m512 fold_each(const __m512 (&each)[16], const Fold& fold) {
-    __m512 eights[8], fours[4], twos[2];
-    for (int i = 0; i < 8; ++i) {
-      const __m512 a = each[2 * i], b = each[2 * i + 1];
-      eights[i] = fold(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
-    }
-    for (int i = 0; i < 4; ++i) {  // a 128-bit lane for each
-      const __m512 a = eights[2 * i], b = eights[2 * i + 1];
-      fours[i] = fold(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-    }
-    for (int i = 0; i < 2; ++i) {
-      const __m512 a = fours[2 * i], b = fours[2 * i + 1];
-      twos[i] = fold(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
-    }
-    const __m512 all = fold(_mm512_shuffle_ps(twos[0], twos[1], 0x88),
-                            _mm512_shuffle_ps(twos[0], twos[1], 0xdd));
-    // Lane 4 c + j has what belongs to each[4 j + c].
-    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    return _mm512_permutexvar_ps(order, all);
+    _mm512_storeu_ps(state.totals + first,
+                     _mm512_add_ps(_mm512_mul_ps(totals, corrections), sum_of_each(each)));
   }
 #endif
 };

@@ -10,9 +10,11 @@
 // Included inside the family's namespace, after paired_piece.h and words_*.h, which say how a family multiplies:
 //   Words: 16 lanes of two words; WordSums: 16 sums; no_words(): zeros;
 //   load_words(bytes): 32 int8 as Words; add_words(&sums, words, two): sums += words times the same two;
-//   floats_of(sums, half): sums 0-7 or 8-15;
+//   store_word_scores, add_word_values: what becomes of 16 sums;
 //   for_query_tiles(num, body): calls body(first, Count<N>()) for tiles of queries;
-//   soften_piece: soften_words.h's soften_to_words; kWordBlocks<N>: blocks of 16 keys or dimensions in one go.
+//   kWordBlocks<N>: blocks of 16 keys or dimensions in one go;
+//   soften_piece: soften_words.h's soften_to_words; soften_many, if kSoftensMany: of as many of the first queries
+//     as it returns.
 
 // In the task's scratch.
 struct WordRoom {
@@ -70,7 +72,12 @@ struct WordAttention : Tiles {
           });
     });
     const int fetched = num_queries <= kMostFew ? kAskedBetween / num_queries : 0;
-    for (int query = 0; query < num_queries; ++query) {
+    int query = 0;
+    if constexpr (kSoftensMany) {
+      query = soften_many(state, num_queries, piece.rows.scales[1], visible, words.probabilities,
+                          words.probability_scales);
+    }
+    for (; query < num_queries; ++query) {
       int begin, end;
       visible(query, &begin, &end);
       ahead->advance(fetched);
@@ -129,15 +136,13 @@ struct WordAttention : Tiles {
       fetch.turn();
       multiply<kPairs>(sums, queries + d, head_dim, blocks, 2 * kKeyBlock);
     }
+#pragma GCC unroll 4
     for (int b = 0; b < Blocks; ++b) {
-      const float* key_scales = piece.rows.scales[0] + (group + b) * kKeyBlock;
+      const int first_key = (group + b) * kKeyBlock;
+#pragma GCC unroll 8
       for (int m = 0; m < Rows; ++m) {
-        const F8 query_scale = splat(words.query_scales[query + m]);
-        float* of_block = scores + (query + m) * kPieceSize + (group + b) * kKeyBlock;
-        for (int half = 0; half < 2; ++half) {
-          const F8 scale = mul(query_scale, load(key_scales + 8 * half));
-          store(of_block + 8 * half, mul(floats_of(sums[b][m], half), scale));
-        }
+        store_word_scores(scores + (query + m) * kPieceSize + first_key, sums[b][m],
+                          words.query_scales[query + m], piece.rows.scales[0] + first_key);
       }
     }
   }
@@ -162,15 +167,13 @@ struct WordAttention : Tiles {
         multiply<kPairs>(sums, probabilities, kPieceSize, blocks, 2 * head_dim);
       }
     }
+    // Unrolled, or GCC 12 would keep the sums in memory all along.
+#pragma GCC unroll 4
     for (int b = 0; b < Blocks; ++b) {
+#pragma GCC unroll 8
       for (int m = 0; m < Rows; ++m) {
-        const F8 scale = splat(words.probability_scales[query + m]);
-        const F8 correction = splat(state.corrections[query + m]);
-        float* acc = state.acc + (query + m) * head_dim + d + 16 * b;
-        for (int half = 0; half < 2; ++half) {
-          const F8 before = mul(load(acc + 8 * half), correction);
-          store(acc + 8 * half, fma(floats_of(sums[b][m], half), scale, before));
-        }
+        add_word_values(state.acc + (query + m) * head_dim + d + 16 * b, state.corrections[query + m],
+                        sums[b][m], words.probability_scales[query + m]);
       }
     }
   }

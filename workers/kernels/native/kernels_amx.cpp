@@ -54,6 +54,8 @@ constexpr auto quantize16 = quantize;
 #else
 #include "attention_avx512.h"
 #include "row_kernels_avx512.h"
+
+#include "softmax16_avx512.h"
 #endif
 
 #include "matmul_amx.h"

@@ -56,6 +56,8 @@ constexpr auto bf16_from_float16 = bf16_from_float;
 #else
 #include "attention_avx512.h"
 #include "row_kernels_avx512.h"
+
+#include "softmax16_avx512.h"
 #endif
 
 #include "paired_piece.h"

@@ -17,9 +17,22 @@ SIMD_INLINE void add_words(WordSums* sums, const Words& words, int32_t two) {
   const __m256i both = _mm256_set1_epi32(two);
   for (int half = 0; half < 2; ++half) add_word_products(&sums->halves[half], words.halves[half], both);
 }
-SIMD_INLINE F8 floats_of(const WordSums& sums, int half) { return _mm256_cvtepi32_ps(sums.halves[half]); }
+SIMD_INLINE void store_word_scores(float* scores, const WordSums& sums, float query_scale,
+                                   const float* key_scales) {
+  for (int half = 0; half < 2; ++half, scores += 8, key_scales += 8) {
+    const F8 scales = mul(splat(query_scale), load(key_scales));
+    store(scores, mul(_mm256_cvtepi32_ps(sums.halves[half]), scales));
+  }
+}
+SIMD_INLINE void add_word_values(float* acc, float correction, const WordSums& sums, float scale) {
+  for (int half = 0; half < 2; ++half, acc += 8) {
+    const F8 before = mul(load(acc), splat(correction));
+    store(acc, fma(_mm256_cvtepi32_ps(sums.halves[half]), splat(scale), before));
+  }
+}
 
 constexpr auto soften_piece = soften_to_words;
+constexpr bool kSoftensMany = false;
 
 template <class Body>
 SIMD_INLINE void for_query_tiles(int num_queries, const Body& body) {
