@@ -351,40 +351,6 @@ def test_gate_and_up_are_quantised_at_once_or_later_with_the_same_bits(
         assert np.array_equal(one, two)
 
 
-def fill_embedding(
-    artifact: Artifact, token: int, value: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every artifact opened here has the embedding of this one, but for the token's row."""
-    embed = artifact.tensor("embed").unpack()
-    embed[token] = value
-    filled = packed_tensor(embed, "fp32")
-    tensor_of = artifact.tensor
-    monkeypatch.setattr(
-        Artifact, "tensor", lambda _, name: filled if name == "embed" else tensor_of(name)
-    )
-
-
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("kv_cache_dtype", ["fp32", "bf16", "int8"])
-@pytest.mark.parametrize("chunk", [1, 32])
-def test_zeros_attend_to_zeros(
-    artifact_of: Callable[..., Artifact],
-    make_executor: MakeExecutor,
-    monkeypatch: pytest.MonkeyPatch,
-    chunk: int,
-    kv_cache_dtype: str,
-    isa: str,
-) -> None:
-    """What has no largest value to be scaled by becomes no NaN."""
-    empty = 200
-    artifact = artifact_of("llama", "fp32", head_dim=32)
-    fill_embedding(artifact, empty, 0.0, monkeypatch)
-    executor = make_executor(artifact, isa=isa, kv_cache_dtype=kv_cache_dtype)
-    for position in range(0, 32, chunk):
-        row = Row(position, [empty] * chunk, blocks_of(0))
-        assert not executor.logits(step_batch([row])).any()
-
-
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("kv_cache_dtype", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize(
@@ -402,7 +368,13 @@ def test_what_a_block_held_before_is_never_seen(
     """Not even NaN, which no probability of 0 would take out of a sum."""
     poison = 200
     artifact = artifact_of(architecture, "fp32", head_dim=32, **options)
-    fill_embedding(artifact, poison, np.nan, monkeypatch)
+    embed = artifact.tensor("embed").unpack()
+    embed[poison] = np.nan
+    poisoned = packed_tensor(embed, "fp32")
+    tensor_of = artifact.tensor
+    monkeypatch.setattr(
+        Artifact, "tensor", lambda _, name: poisoned if name == "embed" else tensor_of(name)
+    )
 
     def decoded(executor: NativeExecutor) -> list[np.ndarray]:
         prompt, blocks = PROMPTS[0], [5, 2]
