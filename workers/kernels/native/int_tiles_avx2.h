@@ -127,6 +127,7 @@ SIMD_INLINE void store_rows(const float* sums, const Matrix& w, int panel, int r
 SIMD_INLINE PanelFetch fetch_next(const Matrix& w, int panel, int num_rows) {
   const int num_steps = w.cols / std::min(w.scale_group, kPairSize);
   const int num_tiles = (num_rows + kMaxTileRows - 1) / kMaxTileRows;  // or one more
+  if (num_tiles == 1) return PanelFetch::of_one_tile(w, panel, num_steps);
   return PanelFetch(w, panel + 1, 1, int64_t{num_tiles} * num_steps);
 }
 

@@ -50,16 +50,15 @@ int scale_group_of(const FsTensor& tensor) {
 }
 
 size_t panel_bytes(const FsTensor& tensor) {
-  const size_t cols = static_cast<size_t>(tensor.cols);
-  const size_t num_scales = cols / static_cast<size_t>(scale_group_of(tensor));
-  switch (tensor.dtype) {
-    case kFp32: return cols * kPanelRows * 4;
-    case kBf16: return cols * kPanelRows * 2;
-    case kInt8: return cols * kPanelRows + num_scales * kPanelRows * 2;
-    case kInt6: return cols * kPanelRows * 3 / 4 + num_scales * kPanelRows * 2;
-    case kNested4:
-      return cols * kPanelRows / 2 + num_scales * kPanelRows * 2 + cols / kPairSize * kPanelRows * 3;
-    default: return cols * kPanelRows / 2 + num_scales * kPanelRows * (tensor.has_min ? 4 : 2);
+  const FsDtype dtype = static_cast<FsDtype>(tensor.dtype);
+  const size_t values = panel_values_nbytes(dtype, tensor.cols);
+  const size_t num_scales = static_cast<size_t>(tensor.cols / scale_group_of(tensor)) * kPanelRows;
+  switch (dtype) {
+    case kFp32:
+    case kBf16: return values;
+    case kInt4: return values + num_scales * (tensor.has_min ? 4 : 2);
+    case kNested4: return values + num_scales * 2 + static_cast<size_t>(tensor.cols / kPairSize) * kPanelRows * 3;
+    default: return values + num_scales * 2;
   }
 }
 

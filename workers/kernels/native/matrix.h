@@ -11,6 +11,11 @@ namespace furiosa {
 constexpr int kPanelRows = 16;
 constexpr int kGroupSize = 32;  // inputs that are packed together, where weights are integers
 
+inline size_t panel_values_nbytes(FsDtype dtype, int cols) {
+  constexpr size_t kBits[] = {32, 16, 8, 4, 4, 6};  // of a weight, by FsDtype
+  return kBits[dtype] * static_cast<size_t>(cols) * kPanelRows / 8;
+}
+
 struct Matrix {
   const uint8_t* data = nullptr;
   FsDtype dtype = kFp32;
@@ -27,6 +32,8 @@ struct Matrix {
   bool rounds_inputs() const { return dtype != kFp32; }
   int num_groups() const { return cols / kGroupSize; }
   int num_scales() const { return cols / scale_group; }
+  // Of a panel, whose scales follow its values.
+  size_t values_nbytes() const { return panel_values_nbytes(dtype, cols); }
 };
 
 // Two groups of 32, side by side: what the AMX family multiplies at a time, and what kNested4 has

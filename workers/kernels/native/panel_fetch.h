@@ -25,8 +25,18 @@ class PanelFetch {
     const int64_t nbytes = count * static_cast<int64_t>(w.panel_stride);
     place_ = w.panel(panel);
     end_ = place_ + nbytes;
-    step_ = (nbytes / 64 + num_steps) / num_steps * 64;
+    step_ = step_of(nbytes, num_steps);
     is_small_ = nbytes <= kSmallNbytes;
+  }
+  // For a product whose rows are one tile, so that it goes through `panel` once, in `num_steps`: what lies
+  // kAheadNbytes further on. Scales, which are read all along a panel, do not wait for their place behind its values.
+  static PanelFetch of_one_tile(const Matrix& w, int panel, int64_t num_steps) {
+    if (panel + 1 < w.num_panels) fetch_scales(w, panel + 1);
+    PanelFetch fetch;
+    fetch.place_ = w.panel(panel) + kAheadNbytes;
+    fetch.end_ = w.panel(w.num_panels);
+    fetch.step_ = step_of(static_cast<int64_t>(w.panel_stride), num_steps);
+    return fetch;
   }
 
   // A little more of it, to the second-level cache, or to the first if that has room for it beside what is
@@ -37,6 +47,15 @@ class PanelFetch {
 
  private:
   static constexpr int64_t kSmallNbytes = 6 << 10;
+  // What a core reads in some 200 ns: longer than memory takes to answer.
+  static constexpr int64_t kAheadNbytes = 100 * 64;
+
+  static int64_t step_of(int64_t nbytes, int64_t num_steps) { return (nbytes / 64 + num_steps) / num_steps * 64; }
+
+  static inline __attribute__((always_inline)) void fetch_scales(const Matrix& w, int panel) {
+    const uint8_t *place = w.panel(panel) + w.values_nbytes(), *end = w.panel(panel + 1);
+    for (; place < end; place += 64) __builtin_prefetch(place, 0, 2);
+  }
 
   template <int Locality>
   inline __attribute__((always_inline)) void advance_to() {
