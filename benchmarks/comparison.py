@@ -121,11 +121,11 @@ def best_setting(samples: Iterable[Sample]) -> str:
 
 
 def shares(ours: dict[str, Any], tokens_per_s: float, shape: Shape, limits: Limits) -> list[str]:
-    """[of the memory bandwidth, of the arithmetic], in percent; a share that is no decode step's or
-    whose type is not bounded here is empty.
+    """[of the memory bandwidth, of the arithmetic, of it with attention], in percent; a prompt has
+    no share of the bandwidth.
 
-    Arithmetic counts the matrix products alone: the time that they would take at the peak of each
-    weight type, over the time that passed.
+    Arithmetic counts matrix products: the time that they would take at the peak of each weight type,
+    over the time that passed. With attention, its products count too, at the peak of bf16.
     """
     isa = ours["isa"]
     if shape.num_out:
@@ -140,7 +140,12 @@ def shares(ours: dict[str, Any], tokens_per_s: float, shape: Shape, limits: Limi
         least_s += ops / 1e9 / limits.arithmetic(isa, weights)
     for weights, ops in ours["ops_per_sample"].items():
         least_s += samples_per_token * ops / 1e9 / limits.arithmetic(isa, weights)
-    return [shown, f"{100 * least_s * tokens_per_s:.0f} %"]
+    attention_s = ours["attention_ops_per_token"] / 1e9 / limits.arithmetic(isa, "bf16")
+    return [
+        shown,
+        f"{100 * least_s * tokens_per_s:.0f} %",
+        f"{100 * (least_s + attention_s) * tokens_per_s:.0f} %",
+    ]
 
 
 def render(log: Log) -> str:
@@ -171,7 +176,7 @@ def render(log: Log) -> str:
 
 _HEADER = [
     "shape", "ours", "slowest – fastest", "theirs", "slowest – fastest", "their setting", "ratio",
-    "bar", "of bandwidth", "of arithmetic",
+    "bar", "of bandwidth", "of arithmetic", "with attention",
 ]  # fmt: skip
 _NOTES = """\
 Tokens/s, medians; every run is a fresh process, ours and theirs in turn. decode-LxN: N prompts of
@@ -180,8 +185,9 @@ prefill-L: one prompt of L tokens. Ours are whole steps of the native executor, 
 included, KV in bf16; theirs are llama-batched-bench and llama-bench, which sample nothing, KV in
 f16, a KV buffer for each sequence, the faster of flash attention on and off. Of bandwidth: weights
 and KV read per step, times steps per second, over the bandwidth below. Of arithmetic: the time
-that the matrix products would take at the peak below, over the time taken. A * is a ratio under
-its bar, a ! a row with a run beside which other processes kept over a tenth of a core busy."""
+that the matrix products would take at the peak below, over the time taken; with attention, its
+products count too, at the peak of bf16 (on AVX2 fp32). A * is a ratio under its bar, a ! a row with
+a run beside which other processes kept over a tenth of a core busy."""
 
 
 def _rows(log: Log, model: str, weights: str) -> list[list[str]]:

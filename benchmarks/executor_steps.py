@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -42,8 +42,9 @@ class Measured:
     decode_tokens_per_s: float
     num_steps: int  # of the decode
     nbytes_per_step: float  # weights and KV that a decode step reads
-    ops_per_token: dict[str, int]  # of a token in the layers' products, by weight type
-    ops_per_sample: dict[str, int]  # of a sampling row in the LM head
+    ops_per_token: dict[str, int]  # of any token in the layers' products, by weight type
+    ops_per_sample: dict[str, int]  # what a sampled token adds, the LM head's among them
+    attention_ops_per_token: float  # scores and sums of values, over the mean context
 
 
 class Sequences:
@@ -124,14 +125,21 @@ def run(
         num_steps=num_out,
         nbytes_per_step=_weights_nbytes(artifact)
         + num_sequences * (num_in + num_out / 2) * _kv_nbytes(artifact),
-        ops_per_token=_ops(artifact, _layer_matrices(artifact)),
-        ops_per_sample=_ops(artifact, [_head_matrix(artifact)]),
+        ops_per_token=_ops(artifact, set(_layer_matrices(artifact)) - _of_sampled(artifact)),
+        ops_per_sample=_ops(artifact, {*_of_sampled(artifact), _head_matrix(artifact)}),
+        attention_ops_per_token=_attention_ops(artifact, num_in, num_out),
     )
 
 
 def _layer_matrices(artifact: Artifact) -> list[str]:
     names = [name for name in artifact.names if name.startswith("layers.")]
     return [name for name in names if artifact.tensor(name).rows > 1]
+
+
+def _of_sampled(artifact: Artifact) -> set[str]:
+    """The matrices past the last layer's keys and values: only sampled tokens get there."""
+    last = f"layers.{artifact.config.num_layers - 1}."
+    return {last + name for name in ("o", "gate_up", "down")}
 
 
 def _head_matrix(artifact: Artifact) -> str:
@@ -149,7 +157,15 @@ def _kv_nbytes(artifact: Artifact) -> int:
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * KV_NBYTES
 
 
-def _ops(artifact: Artifact, names: list[str]) -> dict[str, int]:
+def _attention_ops(artifact: Artifact, num_in: int, num_out: int) -> float:
+    """Of one token. A prompt's tokens attend to half of it, and not in the last layer."""
+    config = artifact.config
+    positions = num_in + num_out / 2 if num_out else num_in / 2
+    num_layers = config.num_layers if num_out else config.num_layers - 1
+    return 4 * num_layers * config.num_heads * config.head_dim * positions
+
+
+def _ops(artifact: Artifact, names: Iterable[str]) -> dict[str, int]:
     ops: dict[str, int] = {}
     for name in names:
         tensor = artifact.tensor(name)
