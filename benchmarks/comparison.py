@@ -124,8 +124,8 @@ def shares(ours: dict[str, Any], tokens_per_s: float, shape: Shape, limits: Limi
     """[of the memory bandwidth, of the arithmetic, of it with attention], in percent; a prompt has
     no share of the bandwidth.
 
-    Arithmetic counts matrix products: the time that they would take at the peak of each weight type,
-    over the time that passed. With attention, its products count too, at the peak of bf16.
+    Arithmetic counts matrix products: the time that they would take at the peak of each weight
+    type, over the time that passed. With attention, its products count too, at the peak of bf16.
     """
     isa = ours["isa"]
     if shape.num_out:
