@@ -252,7 +252,7 @@ SIMD_INLINE void run_tile16(const Matrix& w, int panel, int row, const Output& o
 template <int Panels>
 SIMD_INLINE PanelFetch fetch_after(const Matrix& w, int panel, int num_rows) {
   if (num_rows <= kFewFloatRows && !w.is_quantized()) return PanelFetch();
-  const int num_tiles = (num_rows + 7) / 8;  // or one more
+  const int num_tiles = num_rows / 8 + (num_rows % 8 >= 4) + (num_rows % 4 != 0);  // for_tiles()
   const int num_groups = (w.cols + kGroupSize - 1) / kGroupSize;
   if (num_tiles == 1) return PanelFetch::of_one_tile(w, panel, num_groups);
   return PanelFetch(w, panel + Panels, Panels, int64_t{num_tiles} * num_groups);
